@@ -1,0 +1,1 @@
+"""Long-context pretraining of linear-attention, state-space and hybrid language models."""

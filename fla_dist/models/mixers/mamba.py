@@ -1,0 +1,98 @@
+"""Mamba-1 (arXiv:2312.00752), as Samba has it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fla_dist.kernels.mamba import selective_scan
+from fla_dist.kernels.short_convolution import short_convolution
+from fla_dist.models.layers import keep_fp32
+from fla_dist.models.mixers.base import Mixer
+from fla_dist.models.stream import Stream
+
+TIME_STEP_MIN, TIME_STEP_MAX = 1e-3, 0.1
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Channels D = expand · hidden_size, each with `state_size` numbers; Δ comes through
+    `time_step_rank` (auto: ⌈hidden_size / 16⌉)."""
+
+    state_size: int = 16
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_rank: int | Literal["auto"] = "auto"
+
+
+class Mamba(Mixer):
+    config_class = MambaConfig
+
+    def __init__(self, hidden_size: int, config: MambaConfig, norm_eps: float) -> None:
+        super().__init__(hidden_size, config, norm_eps)
+        channels = config.expand * hidden_size
+        rank = -(-hidden_size // 16) if config.time_step_rank == "auto" else config.time_step_rank
+        self.sizes = [rank, config.state_size, config.state_size]
+        self.input = nn.Linear(hidden_size, 2 * channels, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.x_projection = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.time_step_weight = nn.Parameter(torch.empty(channels, rank))
+        self.time_step_bias = keep_fp32(nn.Parameter(torch.empty(channels)))
+        self.A_log = keep_fp32(nn.Parameter(torch.empty(channels, config.state_size)))
+        self.D = keep_fp32(nn.Parameter(torch.empty(channels)))
+        self.output = nn.Linear(channels, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x, z = self.input(x).chunk(2, dim=-1)
+        left = stream.before("convolution", x, self.conv_weight.shape[1] - 1)
+        x = short_convolution(
+            x, self.conv_weight, self.conv_bias, left_context=left, positions=stream.positions
+        )
+        x = F.silu(x).to(z.dtype)
+        time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
+        dt = F.linear(time_step, self.time_step_weight)
+        dt = F.softplus(dt.to(self.time_step_bias.dtype) + self.time_step_bias)
+        y, state = selective_scan(
+            x, dt, -self.A_log.exp(), B, C,
+            initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
+        )  # fmt: skip
+        stream.keep_state("state", state)
+        y = (y + self.D * x) * F.silu(z)
+        return self.output(y.to(z.dtype))
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        # A state number: its decay, the decay's exp and product, the input's product and sum, the
+        # output's.
+        channels, state_size = self.A_log.shape
+        return 7 * channels * state_size + 2 * (
+            self.conv_weight.numel() + self.time_step_weight.numel()
+        )
+
+    @staticmethod
+    def problem(hidden_size: int, config: Any) -> str | None:
+        for key in ("state_size", "conv_kernel", "expand"):
+            if getattr(config, key) < 1:
+                return f"{key}: {getattr(config, key)}, expected at least 1"
+        if config.time_step_rank != "auto" and config.time_step_rank < 1:
+            return f'time_step_rank: {config.time_step_rank}, expected at least 1 or "auto"'
+        return None
+
+    def initialize(self) -> None:
+        channels, state_size = self.A_log.shape
+        bound = self.conv_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.uniform_(self.conv_bias, -bound, bound)
+        bound = self.time_step_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.time_step_weight, -bound, bound)
+        log_min, log_max = math.log(TIME_STEP_MIN), math.log(TIME_STEP_MAX)
+        dt = torch.empty(channels).uniform_(log_min, log_max).exp()
+        with torch.no_grad():
+            self.time_step_bias.copy_(dt + (-(-dt).expm1()).log())  # softplus⁻¹
+            self.A_log.copy_(torch.arange(1, state_size + 1).log().expand(channels, -1))
+        nn.init.ones_(self.D)

@@ -1,0 +1,73 @@
+"""What a mixer knows of its tokens beyond their vectors: where documents start, and what came
+before the slice.
+
+In training what came before lies on other ranks; in generation it lies in a cache. A mixer asks the
+stream and does not see which.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fla_dist.kernels.state import Scan
+from fla_dist.parallel.exchange import Exchange, LocalExchange
+
+
+class Stream:
+    """The tokens of one slice.
+
+    Attributes:
+        positions: [B, T] integer, each token's position in its document.
+        doc_ids: [B, T] int32, 0 for the document that was open before the slice, rising by one
+            where one starts.
+        scan: joins recurrent states.
+    """
+
+    def __init__(self, positions: Tensor, doc_ids: Tensor, exchange: Exchange) -> None:
+        self.positions = positions
+        self.doc_ids = doc_ids
+        self.scan: Scan = exchange.scan
+        self.exchange = exchange
+
+    def with_exchange(self, exchange: Exchange) -> Stream:
+        return Stream(self.positions, self.doc_ids, exchange)
+
+    def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
+        """The `width` tokens before x [B, T, ...], zeros where there were none; all there are for
+        None.
+
+        `name` tells the contexts of one mixer apart.
+        """
+        return self.exchange.before(x, width)
+
+    def initial_state(self, name: str) -> Tensor | None:
+        """The recurrent state before the first token of the sequence."""
+        return None
+
+    def keep_state(self, name: str, state: Tensor) -> None:
+        """Tells the recurrent state after the last token of the slice."""
+
+
+class CachedStream(Stream):
+    """The next tokens of a sequence whose past is in `cache`, a mixer's own; constant memory except
+    for full attention."""
+
+    def __init__(self, positions: Tensor, cache: dict[str, Tensor]) -> None:
+        doc_ids = (positions == 0).cumsum(dim=1).to(torch.int32)
+        super().__init__(positions, doc_ids, LocalExchange())
+        self._cache = cache
+
+    def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
+        past = self._cache.get(name)
+        if past is None:
+            past = self.exchange.before(x, width)
+        whole = torch.cat([past, x], dim=1)
+        self._cache[name] = whole if width is None else whole[:, whole.shape[1] - width :]
+        return past
+
+    def initial_state(self, name: str) -> Tensor | None:
+        return self._cache.get(name)
+
+    def keep_state(self, name: str, state: Tensor) -> None:
+        self._cache[name] = state

@@ -1,0 +1,1 @@
+"""The ranks, and everything that crosses them except what DeepSpeed sends."""

@@ -1,0 +1,2 @@
+"""Tensor-to-tensor operators of every mixer family. Imports torch and triton only; knows no process
+group."""

@@ -1,0 +1,3 @@
+from fla_dist.kernels.attention.op import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,57 @@
+"""Causal softmax attention in plain PyTorch: the truth, and the backend until faster ones serve.
+
+q: [B, T, H, K].  k, v: [B, L + T, G, K], L tokens of left context before the slice; H is a multiple
+of G.  positions: [B, T]. Query t sees the key i tokens before it where 0 ≤ i ≤ positions_t and i <
+window.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 512
+
+
+def attention_dense(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
+    """Every score at once, as the formula reads."""
+    length, context = q.shape[1], k.shape[1] - q.shape[1]
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    query_index = torch.arange(length, device=q.device) + context
+    back = query_index[:, None] - torch.arange(k.shape[1], device=q.device)  # [T, L + T]
+    seen = (back >= 0) & (back <= positions[..., None])  # [B, T, L + T]
+    if window is not None:
+        seen = seen & (back < window)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
+def attention_blocked(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
+    """Blocks of queries against the keys that they can reach: no mask or score is larger than
+    [block, reach]."""
+    length, context = q.shape[1], k.shape[1] - q.shape[1]
+    outputs = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, context + start - window + 1)
+        last = context + stop
+        keys = torch.arange(first, last, device=q.device)
+        back = torch.arange(context + start, last, device=q.device)[:, None] - keys
+        seen = (back >= 0) & (back <= positions[:, start:stop, None])
+        if window is not None:
+            seen = seen & (back < window)
+        output = F.scaled_dot_product_attention(
+            q[:, start:stop].transpose(1, 2),
+            k[:, first:last].transpose(1, 2),
+            v[:, first:last].transpose(1, 2),
+            attn_mask=seen[:, None],
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)

@@ -1,0 +1,81 @@
+"""Mamba's selective scan in plain PyTorch (arXiv:2312.00752): the truth, and the CPU backend.
+
+x, dt: [B, T, D].  A: [D, N], negative.  B, C: [B, T, N].  States: [B, D, N].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fla_dist.kernels.common.documents import document_starts, pad_doc_ids
+from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
+from torch import Tensor
+
+
+def selective_scan_recurrent(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token by token: equation 2 with the decay of equation 4 (Euler for B)."""
+    batch, length, channels = x.shape
+    state = x.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
+    starts = None if doc_ids is None else document_starts(doc_ids)
+    outputs = []
+    for t in range(length):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None], 0)
+        state = (dt[:, t, :, None] * A).exp() * state + (dt[:, t] * x[:, t])[..., None] * B[
+            :, t, None
+        ]
+        outputs.append(torch.einsum("bdn,bn->bd", state, C[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+def selective_scan_chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+    chunk_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """All chunks walk their tokens side by side from a zero state; what enters a chunk is added
+    after the join."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = x.shape[1]
+    padding = -length % chunk_size
+    x, dt, B, C = (
+        F.pad(y.to(dtype), (0, 0, 0, padding)).unflatten(1, (-1, chunk_size)) for y in (x, dt, B, C)
+    )
+    A = A.to(dtype)
+    decay = (dt[..., None] * A).exp()  # [B, N_chunks, C, D, N]
+    total = dt.sum(dim=2)[..., None]  # [B, N_chunks, D, 1]
+    if doc_ids is not None:
+        starts = document_starts(pad_doc_ids(doc_ids, padding)).unflatten(1, (-1, chunk_size))
+        decay = decay * ~starts[..., None, None]
+        total = total.masked_fill(starts.any(dim=2)[..., None, None], -RESET)
+    added = (dt * x)[..., None] * B[..., None, :]
+    state = added[:, :, 0]
+    states = [state]
+    for t in range(1, chunk_size):
+        state = decay[:, :, t] * state + added[:, :, t]
+        states.append(state)
+    joined = JoinedStates(scan, Diagonal(total, A), state, initial_state)
+    output = torch.einsum("bnlds,bnls->bnld", torch.stack(states, dim=2), C)
+
+    since_start = (dt.cumsum(dim=2)[..., None] * A).exp()  # non-positive exponents: A < 0
+    if doc_ids is not None:
+        since_start = since_start * (starts.cumsum(dim=2) == 0)[..., None, None]
+    entering, final = joined.wait()
+    output = output + torch.einsum("bnlds,bnds,bnls->bnld", since_start, entering, C)
+    return output.flatten(1, 2)[:, :length], final

@@ -1,0 +1,208 @@
+"""The affine summary of a stretch of tokens, and how stretches are joined.
+
+Over any stretch of tokens a recurrent mixer maps the state that enters it to the state that leaves
+it by
+
+    S_out = A S_in + B.
+
+A chunk, a segment of one GPU's slice and the slice of one rank are such stretches at three sizes
+and compose by the same rule. An op summarizes its stretches, starts a *scan* over them, does what
+needs no incoming state, and then waits for the state that enters each stretch. `LOCAL` joins the
+stretches of one process; `fla_dist.parallel.state_scan` joins those of all ranks.
+
+Shapes: B batch, S stretches in the order of time, `...` the state (for instance H, K, V).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+RESET = -1e30
+"""The log decay of a stretch in which a document starts. It is finite, so that its gradient is 0
+and not NaN, and exp(RESET) is 0."""
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The transition S -> exp(rate · log_decay) ⊙ S of each stretch.
+
+    Args:
+        log_decay: [B, S, ...], broadcastable to the states; its product with `rate` is at most 0.
+        rate: [...] or None for 1; known to every rank and never sent (Mamba's A, whose log_decay is
+            the sum of Δ).
+    """
+
+    log_decay: Tensor
+    rate: Tensor | None = None
+
+    def factor(self) -> Tensor:
+        exponent = self.log_decay if self.rate is None else self.log_decay * self.rate
+        return exponent.exp()
+
+    def total(self) -> Diagonal:
+        """All stretches composed into one, [B, 1, ...]."""
+        return Diagonal(self.log_decay.sum(dim=1, keepdim=True), self.rate)
+
+
+class Pending(Protocol):
+    """A scan under way. After `wait` it keeps the transitions only, for the reverse scan."""
+
+    transition: Diagonal
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Entering states of every stretch [B, S, ...], and the state after the last one [B, ...].
+        Called once.
+
+        In reverse the second is the gradient of the forward's `initial`."""
+
+
+class Scan(Protocol):
+    """Joins stretches. A reverse scan runs from the last stretch to the first with the transposed
+    transitions."""
+
+    def start(
+        self,
+        transition: Diagonal,
+        state: Tensor,
+        initial: Tensor | None,
+        *,
+        reverse_of: Pending | None = None,
+    ) -> Pending:
+        """Starts joining; collectives only, nothing that autograd sees.
+
+        Args:
+            transition: of each stretch, [B, S, ...].
+            state: [B, S, ...], what each stretch adds: B, or in reverse the gradient that its own
+                tokens give its entering state.
+            initial: [B, ...], the state before the stream's first stretch; in reverse the gradient
+                of this process' final state.
+            reverse_of: the pending forward scan whose gradient this is; its transitions need not be
+                sent again.
+        """
+
+
+def fold(
+    transition: Diagonal, state: Tensor, entering: Tensor, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Entering states of every stretch [B, S, ...] and the state after the last, one stretch after
+    the other."""
+    factor = transition.factor()
+    count = state.shape[1]
+    entries: list[Tensor] = [entering] * count
+    for index in reversed(range(count)) if reverse else range(count):
+        entries[index] = entering
+        entering = factor[:, index] * entering + state[:, index]
+    return torch.stack(entries, dim=1), entering
+
+
+class LocalPending:
+    """A scan over the stretches of one process; the work is done in `wait`."""
+
+    def __init__(
+        self, transition: Diagonal, state: Tensor, initial: Tensor | None, reverse: bool
+    ) -> None:
+        self.transition = transition
+        self._arguments: Any = (state, initial, reverse)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        state, initial, reverse = self._arguments
+        self._arguments = None
+        entering = torch.zeros_like(state[:, 0]) if initial is None else initial
+        return fold(self.transition, state, entering, reverse=reverse)
+
+
+class LocalScan:
+    """Joins the stretches of one process that holds the whole sequence."""
+
+    def start(
+        self,
+        transition: Diagonal,
+        state: Tensor,
+        initial: Tensor | None,
+        *,
+        reverse_of: Pending | None = None,
+    ) -> LocalPending:
+        return LocalPending(transition, state, initial, reverse_of is not None)
+
+
+LOCAL = LocalScan()
+
+
+class JoinedStates:
+    """A differentiable scan under way: what is computed between its making and `wait` overlaps with
+    the exchange.
+
+    The backward overlaps likewise: the gradient's exchange starts where the forward's ended, and is
+        waited for where it started.
+    """
+
+    def __init__(
+        self, scan: Scan, transition: Diagonal, state: Tensor, initial: Tensor | None
+    ) -> None:
+        self._scan = scan
+        self._pending: Any = None
+        self._reverse: Any = None
+        self._entries: Tensor | None = None
+        self._token = _Start.apply(self, transition.log_decay, transition.rate, state, initial)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Entering states of every stretch [B, S, ...], and the state after this process' last one
+        [B, ...]."""
+        return _Wait.apply(self, self._token)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joined, log_decay, rate, state, initial):
+        ctx.joined = joined
+        ctx.has_initial = initial is not None
+        ctx.save_for_backward(log_decay, rate)
+        joined._pending = joined._scan.start(Diagonal(log_decay, rate), state, initial)
+        return state.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        log_decay, rate = ctx.saved_tensors
+        joined = ctx.joined
+        leaving_gradients, initial_gradient = joined._reverse.wait()
+        factor = Diagonal(log_decay, rate).factor()
+        exponent_gradient = leaving_gradients * factor * joined._entries
+        joined._reverse = joined._entries = None
+        if rate is None:
+            log_decay_gradient, rate_gradient = exponent_gradient, None
+        else:
+            log_decay_gradient = exponent_gradient * rate
+            rate_gradient = (exponent_gradient * log_decay).sum_to_size(rate.shape)
+        return (
+            None,
+            log_decay_gradient.sum_to_size(log_decay.shape),
+            rate_gradient,
+            leaving_gradients,
+            initial_gradient if ctx.has_initial else None,
+        )
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joined, token):
+        entries, final = joined._pending.wait()
+        ctx.joined = joined
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(entries)
+        return entries, final
+
+    @staticmethod
+    def backward(ctx, entries_gradient, final_gradient):
+        joined = ctx.joined
+        (joined._entries,) = ctx.saved_tensors
+        if entries_gradient is None:
+            entries_gradient = torch.zeros_like(joined._entries)
+        pending = joined._pending
+        joined._reverse = joined._scan.start(
+            pending.transition, entries_gradient, final_gradient, reverse_of=pending
+        )
+        return None, entries_gradient.new_zeros(())

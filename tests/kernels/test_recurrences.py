@@ -1,0 +1,153 @@
+"""Every recurrent family, chunked form against recurrence, in fp64: outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fla_dist.kernels.gla import gla
+from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.mamba import selective_scan
+from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from torch import Tensor
+
+from tests.packing import doc_ids_of, positions_of
+
+LENGTHS = [1, 15, 16, 33, 100]
+TOLERANCE = 1e-12
+
+
+def gla_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v = (torch.randn(2, length, 2, size) for size in (5, 5, 7))
+    return [q, k, v, -decay * torch.rand(2, length, 2, 5), torch.randn(2, 2, 5, 7)]
+
+
+def mamba_inputs(length: int, decay: float) -> list[Tensor]:
+    x, B, C = (torch.randn(2, length, size) for size in (6, 4, 4))
+    A = -torch.rand(6, 4) - 0.1
+    return [x, decay * torch.rand(2, length, 6), A, B, C, torch.randn(2, 6, 4)]
+
+
+def gla_form(function: Callable, *inputs: Tensor, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    *tensors, state = inputs
+    return function(*tensors, scale=0.3, initial_state=state, doc_ids=doc_ids)
+
+
+def mamba_form(
+    function: Callable, *inputs: Tensor, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    *tensors, state = inputs
+    return function(*tensors, initial_state=state, doc_ids=doc_ids)
+
+
+FAMILIES = {
+    "gla": (gla_inputs, gla_form, gla_recurrent, gla_chunked),
+    "mamba": (mamba_inputs, mamba_form, selective_scan_recurrent, selective_scan_chunked),
+}
+
+
+@pytest.fixture(autouse=True)
+def double() -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def results(form: Callable, function: Callable, inputs: list[Tensor], doc_ids: Tensor | None):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = form(function, *inputs, doc_ids=doc_ids)
+    weights = [torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs]
+    loss = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, inputs)]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float = TOLERANCE) -> None:
+    for x, y in zip(got, expected, strict=True):
+        assert torch.isfinite(x).all()
+        assert (x - y).norm() <= tolerance * y.norm().clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 30.0])
+def test_chunked_equals_recurrence(family: str, length: int, packed: bool, decay: float) -> None:
+    make, form, recurrent, chunked = FAMILIES[family]
+    inputs = make(length, decay)
+    doc_ids = None
+    if packed:
+        starts = sorted({0, length // 3, length // 2, length - 1})
+        # One sequence starts with a document, the other continues the one of initial_state.
+        positions = torch.stack([positions_of(starts, length), positions_of(starts, length)])
+        positions[1, : starts[1] if len(starts) > 1 else 1] += 5
+        doc_ids = doc_ids_of(positions)
+    assert_close(results(form, chunked, inputs, doc_ids), results(form, recurrent, inputs, doc_ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_document_start_forgets_everything_before(family: str) -> None:
+    make, form, _, chunked = FAMILIES[family]
+    inputs = make(40, 0.3)
+    doc_ids = doc_ids_of(torch.stack([positions_of([0, 19], 40)] * 2))
+    reset, final = form(chunked, *inputs, doc_ids=doc_ids)
+    # Only arguments with a time axis are cut.
+    tail = [x[:, 19:] if x.ndim > 2 and x.shape[1] == 40 else x for x in inputs]
+    tail[-1] = torch.zeros_like(tail[-1])
+    alone, alone_final = form(chunked, *tail, doc_ids=None)
+    assert_close([reset[:, 19:], final], [alone, alone_final])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_against_differences(family: str) -> None:
+    make, form, _, chunked = FAMILIES[family]
+    doc_ids = doc_ids_of(torch.stack([positions_of([0, 5], 9)] * 2))
+    inputs = [x.requires_grad_() for x in make(9, 0.5)]
+    assert torch.autograd.gradcheck(lambda *x: form(chunked, *x, doc_ids=doc_ids), inputs)
+
+
+def test_half_precision_inputs_keep_fp32_states() -> None:
+    q, k, v, g, _ = (x.to(torch.bfloat16) for x in gla_inputs(20, 0.5))
+    output, state = gla(q, k, v, g)
+    assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
+    x, dt, A, B, C, _ = (y.to(torch.bfloat16) for y in mamba_inputs(20, 0.5))
+    output, state = selective_scan(x, dt, A.float(), B, C)
+    assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
+
+
+def test_split_stream_equals_whole() -> None:
+    """The final state of one call is the initial state of the next: generation and streaming."""
+    for family in FAMILIES:
+        make, form, _, chunked = FAMILIES[family]
+        inputs = make(50, 0.5)
+        whole, final = form(chunked, *inputs, doc_ids=None)
+        first = [x[:, :21] if x.ndim > 2 and x.shape[1] == 50 else x for x in inputs]
+        second = [x[:, 21:] if x.ndim > 2 and x.shape[1] == 50 else x for x in inputs]
+        head, second[-1] = form(chunked, *first, doc_ids=None)
+        tail, last = form(chunked, *second, doc_ids=None)
+        assert_close([torch.cat([head, tail], dim=1), last], [whole, final])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=torch.zeros(2, 9, 2, 4)), r"k has shape \(2, 9, 2, 4\), expected \(2, 9, 2, 5\)"),
+        (dict(g=torch.zeros(2, 9, 2)), r"g has shape \(2, 9, 2\), expected \(2, 9, 2, 5\)"),
+        (dict(v=torch.zeros(2, 9, 7)), r"v has shape \(2, 9, 7\), expected \[B, T, H, V\]"),
+        (dict(doc_ids=torch.zeros(9)), r"doc_ids has shape \(9,\), expected \(2, 9\)"),
+        (dict(q=torch.zeros(2, 9, 2, 5, device="meta")), r"k is on cpu, expected meta"),
+    ],
+)
+def test_gla_names_the_argument_that_does_not_fit(change: dict, message: str) -> None:
+    q, k, v, g, _ = gla_inputs(9, 0.5)
+    arguments = {"q": q, "k": k, "v": v, "g": g, "doc_ids": None, **change}
+    with pytest.raises(ValueError, match=message):
+        gla(**arguments)
+
+
+def test_selective_scan_names_the_argument_that_does_not_fit() -> None:
+    x, dt, A, B, C, _ = mamba_inputs(9, 0.5)
+    with pytest.raises(ValueError, match=r"selective_scan: C has shape \(2, 9, 3\), expected"):
+        selective_scan(x, dt, A, B, F.pad(C, (0, -1)))

@@ -1,0 +1,84 @@
+"""The whole model over 2 and 4 ranks against one process, in fp64: loss and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fla_dist.models import LanguageModel
+from fla_dist.parallel.mesh import Mesh, build_mesh
+from tests.models.tiny import PATTERNS, tiny_config
+from tests.packing import STARTS, packed_tokens
+from tests.parallel.ranks import run_ranks
+
+WORLD = 4
+MODES = ("none", "selective", "full")
+
+
+def outcome(pattern: str, starts: str, mode: str, mesh: Mesh) -> list[torch.Tensor]:
+    model = LanguageModel(tiny_config(pattern), mesh=mesh, activation_checkpointing=mode)
+    model.initialize(seed=0)
+    model.double()
+    batch = packed_tokens([STARTS[starts], STARTS["one document"]], 37)
+    batch = batch.slice(mesh.sequence_parallel_rank, mesh.sequence_parallel_size)
+    loss = model(batch)
+    loss.backward()
+    tensors = [loss.detach(), *(p.grad for p in model.parameters())]
+    if mesh.sequence_parallel_size > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=mesh.sequence_group)
+    return tensors
+
+
+def all_cases() -> dict[tuple[str, str, str, int], float]:
+    torch.set_num_threads(1)
+    meshes = {size: build_mesh(size) for size in (2, 4)}
+    errors = {}
+    for pattern in PATTERNS:
+        for starts in STARTS:
+            expected = outcome(pattern, starts, "none", Mesh())
+            for mode in MODES:
+                for size, mesh in meshes.items():
+                    got = outcome(pattern, starts, mode, mesh)
+                    errors[pattern, starts, mode, size] = max(
+                        ((x - y).norm() / y.norm()).item()
+                        for x, y in zip(got, expected, strict=True)
+                    )
+    return errors
+
+
+@pytest.fixture(scope="module")
+def errors() -> list[dict[tuple[str, str, str, int], float]]:
+    return run_ranks(WORLD, all_cases)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_divided_equals_whole(errors, pattern: str, starts: str, mode: str, size: int) -> None:
+    for of_rank in errors:
+        assert of_rank[pattern, starts, mode, size] <= 1e-10
+
+
+def test_recomputation_exchanges_nothing() -> None:
+    """Full checkpointing makes as many collective calls as none."""
+    for counts in run_ranks(2, count_exchanges):
+        assert counts["full"] == counts["none"] > 0
+
+
+def count_exchanges() -> dict[str, int]:
+    from torch.profiler import ProfilerActivity, profile
+
+    counts = {}
+    mesh = build_mesh(2)
+    for mode in ("none", "full"):
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            outcome("all", "many documents", mode, mesh)
+        counts[mode] = sum(
+            event.count
+            for event in recorded.key_averages()
+            if event.key.startswith("gloo:") and "all_reduce" not in event.key
+        )
+    return counts

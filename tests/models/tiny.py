@@ -1,0 +1,34 @@
+"""Small models for tests, one for each layer pattern of the test matrix."""
+
+from __future__ import annotations
+
+from fla_dist.config import ModelConfig
+
+MIXERS = {
+    "mamba": {"state_size": 4},
+    "sliding_window_attention": {"num_heads": 2, "num_kv_heads": 2, "window_size": 15},
+    "gla": {"num_heads": 2, "gate_rank": 4},
+    "attention": {"num_heads": 4, "num_kv_heads": 2},
+}
+"""The window is longer than a slice of 12 tokens and shorter than one of 24."""
+
+PATTERNS = {
+    "samba": ("mamba", "sliding_window_attention"),
+    "gla": ("gla",),
+    "attention": ("attention",),
+    "all": tuple(MIXERS),
+}
+
+
+def tiny_config(pattern: str, **changes) -> ModelConfig:
+    return ModelConfig(
+        **{
+            "layer_pattern": PATTERNS[pattern],
+            "num_hidden_layers": max(2, len(PATTERNS[pattern])),
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "vocab_size": 37,
+            "mixers": {name: MIXERS[name] for name in PATTERNS[pattern]},
+            **changes,
+        }
+    )

@@ -1,0 +1,37 @@
+"""Runs a function on several gloo processes of this machine and collects what each returned."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on each rank, torch.distributed initialized; a failure of one fails all."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
+        return [
+            torch.load(Path(folder) / f"result_{rank}", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    torch.save(function(*args), Path(folder) / f"result_{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
