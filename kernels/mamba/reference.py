@@ -65,10 +65,11 @@ def selective_scan_chunked(
         decay = decay * ~starts[..., None, None]
         total = total.masked_fill(starts.any(dim=2)[..., None, None], -RESET)
     added = (dt * x)[..., None] * B[..., None, :]
-    state = added[:, :, 0]
-    states = [state]
-    for t in range(1, chunk_size):
-        state = decay[:, :, t] * state + added[:, :, t]
+    states = []
+    state = torch.zeros_like(added[:, :, 0])
+    # unbind, not indexing: its backward writes each gradient once.
+    for token_decay, token_added in zip(decay.unbind(dim=2), added.unbind(dim=2), strict=True):
+        state = token_decay * state + token_added
         states.append(state)
     joined = JoinedStates(scan, Diagonal(total, A), state, initial_state)
     output = torch.einsum("bnlds,bnls->bnld", torch.stack(states, dim=2), C)
