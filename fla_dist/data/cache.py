@@ -1,0 +1,194 @@
+"""Which unit is in which shard.
+
+    units/<name>.json     a unit's record: its shard, its text's sha256, token and document counts
+    shards/<name>.tokens  a shard, named by a hash of its text, the tokenizer and the format
+    failures/<name>.json  why a unit could not be built, for the processes that wait for it
+
+A unit's name is a hash of its files' paths, sizes and times: known without reading them, and a new
+one as soon as they change. A shard's name is a hash of what is in it, so files that were moved or
+touched are read again but not encoded again, and nothing stale is ever used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fla_dist.data.errors import DamagedShardError, DataError
+from fla_dist.data.shard import Shard, write_atomically, write_shard
+from fla_dist.data.sources import Unit, hash_documents, read_documents
+from fla_dist.data.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    shard: str
+    source_sha256: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    attempt: str
+    message: str
+
+
+class TokenCache:
+    """The shards of one tokenizer in a directory that any number of processes share."""
+
+    def __init__(self, directory: Path, tokenizer_sha256: str):
+        self.directory = directory
+        self.tokenizer_sha256 = tokenizer_sha256
+
+    def unit_name(self, unit: Unit) -> str:
+        return _hash(FORMAT_VERSION, self.tokenizer_sha256, unit.identity(moved=False))
+
+    def find(self, unit: Unit) -> UnitRecord | None:
+        """The record of a unit that is built; a damaged record is none."""
+        try:
+            record = json.loads(self._record_path(unit).read_text())
+            fields = record["record"]
+            if record["check"] != _hash(fields):
+                return None
+            return UnitRecord(**fields)
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return None
+
+    def is_built(self, unit: Unit) -> bool:
+        record = self.find(unit)
+        return record is not None and self._shard_path(record).exists()
+
+    def open(self, unit: Unit) -> Shard:
+        """The shard of a unit that is built.
+
+        Raises:
+            DamagedShardError: it is missing, damaged, or not the one that its record tells of.
+        """
+        record = self.find(unit)
+        if record is None:
+            raise DamagedShardError(f"{self._record_path(unit)}: missing or damaged")
+        path = self._shard_path(record)
+        try:
+            shard = Shard(path)
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"{path}: missing") from error
+        header = shard.header
+        if (header.tokens, header.source_sha256) != (record.tokens, record.source_sha256):
+            raise DamagedShardError(f"{path}: not the shard that its record tells of")
+        return shard
+
+    def build(self, unit: Unit, tokenizer: Tokenizer) -> None:
+        """Reads and encodes a unit; both files are whole and durable, or not there.
+
+        Raises:
+            DataError: the source cannot be used, or the cache cannot be written.
+        """
+        documents = read_documents(unit)
+        sha256 = hash_documents(documents)
+        name = _hash(FORMAT_VERSION, sha256, tokenizer.sha256, tokenizer.dtype) + ".tokens"
+        path = self.directory / "shards" / name
+        try:
+            for folder in ("shards", "units", "failures"):
+                (self.directory / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                shard = Shard(path)
+                shard.verify()
+            except (FileNotFoundError, DamagedShardError):
+                write_shard(
+                    path,
+                    tokenizer.encode_documents(documents),
+                    dtype=tokenizer.dtype,
+                    source_sha256=sha256,
+                    tokenizer_sha256=tokenizer.sha256,
+                )
+                shard = Shard(path)
+            record = asdict(UnitRecord(name, sha256, shard.header.tokens, shard.header.documents))
+            text = json.dumps({"record": record, "check": _hash(record)})
+            write_atomically(self._record_path(unit), [text.encode()])
+        except OSError as error:
+            raise DataError(f"data.cache_dir: {self.directory}: {error.strerror}") from error
+        except DamagedShardError as error:
+            raise DataError(f"data.cache_dir: {error} right after it was written") from error
+
+    def discard_if_damaged(self, unit: Unit) -> None:
+        """Removes a unit's record and shard if a read of the whole shard confirms the damage.
+
+        It may already have been rebuilt by the time that this process saw the damage.
+        """
+        record = self.find(unit)
+        try:
+            self.open(unit).verify()
+        except DamagedShardError:
+            self._record_path(unit).unlink(missing_ok=True)
+            if record is not None:
+                self._shard_path(record).unlink(missing_ok=True)
+
+    def verify(self, unit: Unit) -> None:
+        """Checks every byte of a unit's shard.
+
+        Raises:
+            DamagedShardError.
+        """
+        self.open(unit).verify()
+
+    def write_failure(self, unit: Unit, message: str) -> None:
+        failure = json.dumps(asdict(Failure(uuid.uuid4().hex, message)))
+        with contextlib.suppress(OSError):  # with a full disk, the others find out by themselves
+            self._failure_path(unit).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._failure_path(unit), [failure.encode()])
+
+    def find_failure(self, unit: Unit) -> Failure | None:
+        return _read_failure(self._failure_path(unit))
+
+    def failure_attempts(self) -> set[str]:
+        """The attempts that have failed so far, of whatever unit."""
+        failures = (_read_failure(p) for p in (self.directory / "failures").glob("*.json"))
+        return {failure.attempt for failure in failures if failure is not None}
+
+    def remove_leftovers(self) -> None:
+        """Removes the temporary files of this host's dead builders."""
+        prefix = f".tmp-{socket.gethostname()}-"
+        for folder in ("shards", "units", "failures"):
+            for path in (self.directory / folder).glob(f"{prefix}*"):
+                pid = path.name.removeprefix(prefix).split("-")[0]
+                if not _is_alive(int(pid)):
+                    path.unlink(missing_ok=True)
+
+    def _record_path(self, unit: Unit) -> Path:
+        return self.directory / "units" / f"{self.unit_name(unit)}.json"
+
+    def _failure_path(self, unit: Unit) -> Path:
+        return self.directory / "failures" / f"{self.unit_name(unit)}.json"
+
+    def _shard_path(self, record: UnitRecord) -> Path:
+        return self.directory / "shards" / record.shard
+
+
+def _read_failure(path: Path) -> Failure | None:
+    try:
+        return Failure(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

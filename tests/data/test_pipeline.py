@@ -1,0 +1,300 @@
+"""The whole pipeline: the same global sequences whatever the mesh and the interruptions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fla_dist.config import DataConfig, SourceConfig, TokenizerConfig
+from fla_dist.data import Batch, DataError, build_pipeline
+from fla_dist.data.batch import IGNORED_LABEL
+
+from .conftest import DOCUMENTS, TOKENIZER
+
+FIELDS = ("tokens", "labels", "positions")
+MESHES = [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 4, 1), (3, 1, 2), (4, 2, 1), (1, 8, 3)]
+
+
+def join_slices(slices: list[Batch]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([getattr(s, name) for s in slices], dim=1) for name in FIELDS}
+
+
+def read_sequences(open_pipeline, data, mesh, state, num_batches):
+    """(global sequences, the state after them), read by all ranks of a mesh."""
+    dp, sp, micro_batch_size = mesh
+    rows: list[dict[str, torch.Tensor]] = []
+    ranks = [
+        [open_pipeline(data, (d, dp), (s, sp), micro_batch_size) for s in range(sp)]
+        for d in range(dp)
+    ]
+    for pipeline in (p for group in ranks for p in group):
+        if state is not None:
+            pipeline.load_state_dict(state)
+    for _ in range(num_batches):
+        for group in ranks:
+            whole = join_slices([next(pipeline) for pipeline in group])
+            rows += [{name: whole[name][i] for name in FIELDS} for i in range(micro_batch_size)]
+    states = [pipeline.state_dict() for group in ranks for pipeline in group]
+    assert all(other == states[0] for other in states)
+    for pipeline in (p for group in ranks for p in group):
+        pipeline.close()
+    return rows, json.loads(json.dumps(states[0]))
+
+
+@pytest.fixture(scope="module")
+def reference(data_config):
+    """The first 400 sequences, read by one rank; more than two epochs."""
+    pipeline = build_pipeline(
+        data_config,
+        TOKENIZER,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        sequence_parallel_rank=0,
+        sequence_parallel_size=1,
+        micro_batch_size=1,
+    )
+    batches = list(islice(pipeline, 400))
+    pipeline.close()
+    return batches
+
+
+@given(runs=st.lists(st.tuples(st.sampled_from(MESHES), st.integers(0, 9)), min_size=1, max_size=4))
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_kills_and_changes_of_the_mesh_move_no_token(open_pipeline, data_config, reference, runs):
+    state, rows = None, []
+    for mesh, num_batches in runs:
+        got, state = read_sequences(open_pipeline, data_config, mesh, state, num_batches)
+        rows += got
+        assert state["sequence"] == len(rows)
+    for row, expected in zip(rows, reference, strict=False):
+        for name in FIELDS:
+            assert torch.equal(row[name], getattr(expected, name)[0])
+
+
+def test_a_slice_s_document_ids_count_its_own_starts(open_pipeline, data_config):
+    slices = [open_pipeline(data_config, sp=(rank, 4), micro_batch_size=5) for rank in range(4)]
+    for _ in range(6):
+        for rank, batch in enumerate([next(pipeline) for pipeline in slices]):
+            assert batch.tokens.shape == (5, 16)
+            assert torch.equal(batch.doc_ids, (batch.positions == 0).cumsum(1, dtype=torch.int32))
+            assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+            assert (batch.positions.dtype, batch.doc_ids.dtype) == (torch.int32, torch.int32)
+            assert rank > 0 or bool((batch.doc_ids[:, 0] == 1).all())
+
+
+def test_an_epoch_holds_every_document_once(open_pipeline, data_config):
+    """Decoded from the batches, the text is that of the files."""
+    data = replace(data_config, sources=data_config.sources[:1], lanes=1)
+    pipeline = open_pipeline(data)
+    end = pipeline.tokenizer.end_of_document
+    texts: list[str] = []
+    tokens: list[int] = []
+    while len(texts) < 48:
+        for token in next(pipeline).tokens[0].tolist():
+            tokens.append(token)
+            if token == end:
+                texts.append(pipeline.tokenizer.decode(tokens[:-1]))
+                tokens = []
+    assert Counter(texts[:24]) == Counter(texts[24:48]) == Counter(DOCUMENTS[:24])
+    assert texts[:24] != texts[24:48]
+
+
+def test_labels_and_masks(open_pipeline, data_config):
+    plain = open_pipeline(replace(data_config, mask_document_ends=False, packing="none"))
+    masked = open_pipeline(data_config)
+    end = masked.tokenizer.end_of_document
+    for _ in range(50):
+        a, b = next(plain), next(masked)
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.labels[:, :-1], a.tokens[:, 1:])
+        assert torch.equal(b.labels == IGNORED_LABEL, b.tokens == end)
+        assert torch.equal(torch.where(b.labels == IGNORED_LABEL, a.labels, b.labels), a.labels)
+        assert a.positions.tolist() == [list(range(64))]
+        starts = torch.nn.functional.pad(b.tokens[:, :-1] == end, (1, 0), value=True)
+        assert torch.equal(b.positions == 0, starts)
+
+
+def test_the_order_does_not_depend_on_workers_or_place(open_pipeline, own_data_config, reference):
+    pipeline = open_pipeline(replace(own_data_config, num_workers=2))
+    for expected, batch in zip(reference[:40], pipeline, strict=False):
+        assert torch.equal(batch.tokens, expected.tokens)
+
+
+def test_another_sequence_length_goes_on_at_the_next_token(open_pipeline, data_config):
+    data = replace(data_config, sources=data_config.sources[:1], lanes=1)
+    short, whole = open_pipeline(data), open_pipeline(replace(data, sequence_length=256))
+    tokens = torch.cat([next(short).tokens for _ in range(4)], dim=1)
+    longer = open_pipeline(replace(data, sequence_length=256))
+    longer.load_state_dict(short.state_dict())
+    tokens = torch.cat([tokens, next(longer).tokens], dim=1)
+    assert torch.equal(tokens, torch.cat([next(whole).tokens, next(whole).tokens], dim=1))
+
+
+def test_sources_keep_their_weights(open_pipeline, data_config):
+    pipeline = open_pipeline(data_config)
+    for _ in range(100):
+        next(pipeline)
+    assert [source["tokens"] for source in pipeline.state_dict()["sources"]] == [4800, 1600]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lanes": 2}, r"data\.lanes changed \(then 3, now 2\)"),
+        ({"seed": 6}, r"data\.seed changed"),
+        ({"sources": (SourceConfig("python-docs:"),)}, r"data\.sources: the files.* changed"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(open_pipeline, data_config, change, reason):
+    state = open_pipeline(data_config).state_dict()
+    with pytest.raises(DataError, match=reason):
+        open_pipeline(replace(data_config, **change)).load_state_dict(state)
+
+
+def test_validation_has_every_sequence_once_on_any_mesh(open_pipeline, data_config):
+    expected = [batch.tokens[0] for batch in open_pipeline(data_config, split="validation")]
+    assert len(expected) > 20
+    pipelines = [
+        open_pipeline(data_config, (rank, 3), micro_batch_size=2, split="validation")
+        for rank in range(3)
+    ]
+    for _ in range(2):  # it starts again
+        batches = [list(pipeline) for pipeline in pipelines]
+        rows = [
+            (batch.tokens[i], batch.labels[i])
+            for step in zip(*batches, strict=True)
+            for batch in step
+            for i in range(2)
+        ]
+        full, padded = rows[: len(expected)], rows[len(expected) :]
+        assert all(torch.equal(a, b) for (a, _), b in zip(full, expected, strict=True))
+        assert all(bool((labels == IGNORED_LABEL).all()) for _, labels in padded)
+        assert len(padded) < 6
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "record", "garbage"])
+def test_damage_in_the_cache_is_repaired(open_pipeline, own_data_config, reference, damage):
+    first = open_pipeline(own_data_config)
+    for _ in range(200):  # every unit is built
+        next(first)
+    first.close()
+    cache = Path(own_data_config.cache_dir)
+    for path in sorted((cache / ("units" if damage == "record" else "shards")).iterdir()):
+        content = bytearray(path.read_bytes())
+        if damage in ("flipped bit", "record"):
+            content[len(content) * 2 // 3] ^= 4
+        elif damage == "truncated":
+            content = content[:-5]
+        elif damage == "garbage":
+            content = bytearray(b"garbage")
+        path.write_bytes(content)
+        if damage == "missing":
+            path.unlink()
+    again = open_pipeline(own_data_config)
+    for expected in reference[:200]:
+        assert torch.equal(next(again).tokens, expected.tokens)
+
+
+def test_damage_while_reading_is_repaired(open_pipeline, own_data_config, reference):
+    """Two ranks see it; neither loses a token."""
+    pipelines = [open_pipeline(own_data_config) for _ in range(2)]
+    for expected in reference[:60]:
+        for pipeline in pipelines:
+            assert torch.equal(next(pipeline).tokens, expected.tokens)
+    shutil.rmtree(Path(own_data_config.cache_dir) / "shards")
+    for expected in reference[60:200]:
+        for pipeline in pipelines:
+            assert torch.equal(next(pipeline).tokens, expected.tokens)
+
+
+def test_a_bad_line_is_raised_by_every_rank_where_it_is_needed(open_pipeline, own_data_config):
+    path = Path(own_data_config.sources[0].path)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[20] = '{"body": 3}\n'
+    path.write_text("".join(lines))
+    messages, steps = set(), set()
+    for pipeline in [open_pipeline(own_data_config, (rank, 2)) for rank in range(2)]:
+        with pytest.raises(DataError, match=r"lines\.jsonl:21: field 'body' is no string") as error:
+            for step in range(500):
+                steps.add(step)
+                next(pipeline)
+        with pytest.raises(DataError):
+            next(pipeline)
+        messages.add(str(error.value))
+    assert len(messages) == 1
+
+
+def test_a_source_smaller_than_a_sequence(open_pipeline, own_data_config):
+    for split in ("train", "validation"):
+        small = (SourceConfig(own_data_config.sources[1].path + "/00.txt"),)
+        data = replace(
+            own_data_config, sources=small, validation_sources=small, sequence_length=8192
+        )
+        with pytest.raises(DataError, match=r"sources\.0: has \d+ tokens, too few for one seq"):
+            next(open_pipeline(data, split=split))
+
+
+def test_no_validation_sources(open_pipeline, data_config):
+    with pytest.raises(DataError, match=r"data\.validation_sources: names no source"):
+        open_pipeline(replace(data_config, validation_sources=()), split="validation")
+
+
+def test_a_slice_that_does_not_divide_the_sequence(open_pipeline, data_config):
+    with pytest.raises(DataError, match=r"data\.sequence_length: 64 is not divisible by 5"):
+        open_pipeline(data_config, sp=(0, 5))
+
+
+def test_waits_are_counted_once(open_pipeline, data_config):
+    pipeline = open_pipeline(data_config)
+    next(pipeline)
+    assert pipeline.wait_seconds > 0
+    assert pipeline.wait_seconds == 0
+
+
+def test_every_unit_is_built_in_the_background(open_pipeline, own_data_config):
+    pipeline = open_pipeline(own_data_config)
+    next(pipeline)
+    pipeline._builder._thread.join()
+    assert all(map(pipeline._plan.cache.is_built, pipeline._plan.units()))
+
+
+def test_closing_amid_the_building_does_not_hang(open_pipeline, own_data_config):
+    pipeline = open_pipeline(own_data_config)
+    pipeline.close()
+    pipeline.close()
+
+
+def test_batches_move(open_pipeline, data_config):
+    batch = next(open_pipeline(data_config)).to("cpu", non_blocking=True)
+    assert isinstance(batch, Batch)
+
+
+def test_tokenizer_larger_than_the_model(open_pipeline, data_config):
+    tokenizer = open_pipeline(data_config).tokenizer
+    tokenizer.require_vocabulary(512)
+    with pytest.raises(DataError, match=r"512 tokens, more than model\.vocab_size 300"):
+        tokenizer.require_vocabulary(300)
+
+
+def test_a_missing_tokenizer(data_config: DataConfig, tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer\.path: .*nowhere"):
+        build_pipeline(
+            data_config,
+            TokenizerConfig(path=str(tmp_path / "nowhere")),
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            sequence_parallel_rank=0,
+            sequence_parallel_size=1,
+            micro_batch_size=1,
+        )

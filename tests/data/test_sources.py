@@ -1,0 +1,166 @@
+"""Sources: what is read is what is in the files, and what is wrong is named with file and line."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fla_dist.config import SourceConfig
+from fla_dist.data import sources
+from fla_dist.data.errors import DataError
+from fla_dist.data.sources import Unit, read_documents, resolve_sources
+
+TEXTS = [f"Document {i} — {'wörter ' * (i % 7)}\nsecond line" for i in range(60)]
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(sources, "SMALLEST_UNIT_BYTES", 256)
+
+
+def read(path, **settings) -> list[str]:
+    (source,) = resolve_sources([SourceConfig(str(path), **settings)], "data.sources")
+    return [text for unit in source.units for text in read_documents(unit)]
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({field: text, "id": 1}) + "\n" for text in texts))
+
+
+def test_jsonl_in_many_units(tmp_path, small_units):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (source,) = resolve_sources([SourceConfig(str(tmp_path))], "data.sources")
+    assert len(source.units) > 10
+    assert read(tmp_path) == TEXTS
+
+
+@given(
+    lines=st.lists(st.text(alphabet="ab é\n", max_size=12), min_size=1, max_size=20),
+    unit_bytes=st.integers(1, 60),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_cut_of_a_file_gives_each_line_once(tmp_path_factory, lines, unit_bytes):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    write_jsonl(path, [line + "." for line in lines])
+    size = path.stat().st_size
+    bounds = sorted({*range(0, size, unit_bytes), size})
+    stat = path.stat()
+    got = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        piece = sources.Piece(str(path), "a.jsonl", size, stat.st_mtime_ns, start, stop)
+        got += read_documents(Unit("data.sources.0", "jsonl", "text", (piece,)))
+    assert got == [line + "." for line in lines]
+
+
+def test_text_files_are_documents_and_large_ones_are_cut_at_lines(tmp_path, small_units):
+    for i, text in enumerate(TEXTS[:9]):
+        (tmp_path / f"{i}.txt").write_text(text)
+    assert read(tmp_path) == TEXTS[:9]
+    assert read(tmp_path / "[0-4].txt") == TEXTS[:5]
+    large = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "large.md").write_text(large)
+    documents = read(tmp_path / "large.md")
+    assert len(documents) > 10 and "".join(documents) == large
+    assert all(document.endswith("\n") for document in documents)
+
+
+def test_parquet_in_row_groups(tmp_path, small_units):
+    pq.write_table(
+        pa.table({"body": TEXTS, "n": range(60)}), tmp_path / "a.parquet", row_group_size=7
+    )
+    (source,) = resolve_sources(
+        [SourceConfig(str(tmp_path / "*.parquet"), text_field="body")], "data.sources"
+    )
+    assert len(source.units) == 9
+    assert read(tmp_path, text_field="body") == TEXTS
+
+
+def test_built_in_sources():
+    assert len(read("python-docs:")) > 50
+    (source,) = resolve_sources([SourceConfig("python-source:")], "data.sources")
+    assert len(source.units) > 16
+    names = [piece.name for unit in source.units for piece in unit.pieces]
+    assert "json/decoder.py" in names and not any("/test/" in name for name in names)
+    assert read("python-source:json")[0].startswith('r"""JSON')
+
+
+def test_mixed_directory_ignores_hidden_and_unknown_files(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    write_jsonl(tmp_path / "b.jsonl", ["second"])
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    (tmp_path / ".hidden.txt").write_text("no")
+    assert read(tmp_path) == ["first", "second"]
+
+
+def test_a_unit_survives_json(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (source,) = resolve_sources([SourceConfig(str(tmp_path))], "data.sources")
+    (unit,) = source.units
+    assert Unit.from_json(json.loads(json.dumps(unit.to_json()))) == unit
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("absent.txt", {}, r"data\.sources\.0\.path: .*absent\.txt: no such file"),
+        ("*.csv", {}, r"data\.sources\.0\.path: .*no file matches"),
+        ("empty.txt", {}, r"data\.sources\.0\.path: .*empty\.txt: the file is empty"),
+        ("bin", {}, r"data\.sources\.0\.path: .*the directory holds no \.txt"),
+        ("bin/x.bin", {}, r"data\.sources\.0\.format: .*not .*x\.bin; set text, jsonl or parquet"),
+        ("bin/x.bin", {"format": "text"}, r"data\.sources\.0: .*x\.bin:3: byte 6 \(0xff\) is not"),
+        ("bad.jsonl", {}, r"data\.sources\.0: .*bad\.jsonl:3: not JSON: .* at column"),
+        ("field.jsonl", {}, r"field\.jsonl:2: no field 'text'; its fields are body"),
+        ("null.jsonl", {}, r"null\.jsonl:1: field 'text' is no string"),
+        ("list.jsonl", {}, r"list\.jsonl:1: expected an object"),
+        ("half.jsonl", {}, r"half\.jsonl:1: field 'text': surrogates not allowed"),
+        ("bytes.jsonl", {}, r"bytes\.jsonl:2: byte 22 \(0xe9\) is not UTF-8"),
+        ("bad.parquet", {}, r"bad\.parquet: not a readable parquet file"),
+        ("a.parquet", {}, r"a\.parquet: no column 'text'; its columns are body, n"),
+        ("a.parquet", {"text_field": "n"}, r"column 'n' is of type int64, not string"),
+        ("a.parquet", {"text_field": "body"}, r"a\.parquet: row 4: 'body' is null"),
+        ("python-source:absent", {}, r"data\.sources\.0\.path: .*no package 'absent' is installed"),
+        ("python-docs:x", {}, r"data\.sources\.0\.path: .*no such documents"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, path, settings, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "x.bin").write_bytes(b"ab\ncd\n\xff\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    lines = {
+        "bad": b'{"text": "a"}\n\n{"text": \n{"text": "c"}\n',
+        "field": b'{"text": "a"}\n{"body": "b"}\n',
+        "null": b'{"text": null}\n',
+        "list": b"[1]\n",
+        "half": b'{"text": "\\ud800"}\n',
+        "bytes": b'{"text": "a"}\n{"text":\xe9}\n',
+    }
+    for name, content in lines.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(content)
+    table = pa.table({"body": ["a", "b", "c", "d", None, "e"], "n": range(6)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pytest.raises(DataError, match=message):
+        read(path, **settings)
+
+
+def test_the_line_is_the_file_s_also_in_a_later_unit(tmp_path, small_units):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    lines[50] = "no JSON\n"
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl:51: not JSON"):
+        read(tmp_path)
+
+
+def test_a_file_that_changed_after_planning(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (source,) = resolve_sources([SourceConfig(str(tmp_path))], "data.sources")
+    (tmp_path / "a.txt").write_text("another text")
+    with pytest.raises(DataError, match=r"a\.txt: changed since the run was planned"):
+        read_documents(source.units[0])
