@@ -137,41 +137,51 @@ class JoinedStates:
     the exchange.
 
     The backward overlaps likewise: the gradient's exchange starts where the forward's ended, and is
-        waited for where it started.
+    waited for where it started.
     """
 
     def __init__(
         self, scan: Scan, transition: Diagonal, state: Tensor, initial: Tensor | None
     ) -> None:
-        self._scan = scan
-        self._pending: Any = None
-        self._reverse: Any = None
-        self._entries: Tensor | None = None
-        self._token = _Start.apply(self, transition.log_decay, transition.rate, state, initial)
+        self._link = _Link(scan)
+        self._token = _Start.apply(
+            self._link, transition.log_decay, transition.rate, state, initial
+        )
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Entering states of every stretch [B, S, ...], and the state after this process' last one
         [B, ...]."""
-        return _Wait.apply(self, self._token)
+        return _Wait.apply(self._link, self._token)
+
+
+class _Link:
+    """What the two ends of a scan tell each other. It holds no tensor that the two made: one whose
+    grad_fn leads back here would be a cycle that is never freed."""
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+        self.pending: Any = None
+        self.reverse: Any = None
+        self.entries: Tensor | None = None
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joined, log_decay, rate, state, initial):
-        ctx.joined = joined
+    def forward(ctx, link, log_decay, rate, state, initial):
+        ctx.link = link
         ctx.has_initial = initial is not None
         ctx.save_for_backward(log_decay, rate)
-        joined._pending = joined._scan.start(Diagonal(log_decay, rate), state, initial)
+        link.pending = link.scan.start(Diagonal(log_decay, rate), state, initial)
         return state.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
         log_decay, rate = ctx.saved_tensors
-        joined = ctx.joined
-        leaving_gradients, initial_gradient = joined._reverse.wait()
+        link = ctx.link
+        leaving_gradients, initial_gradient = link.reverse.wait()
         factor = Diagonal(log_decay, rate).factor()
-        exponent_gradient = leaving_gradients * factor * joined._entries
-        joined._reverse = joined._entries = None
+        exponent_gradient = leaving_gradients * factor * link.entries
+        link.reverse = link.entries = None
         if rate is None:
             log_decay_gradient, rate_gradient = exponent_gradient, None
         else:
@@ -188,21 +198,20 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joined, token):
-        entries, final = joined._pending.wait()
-        ctx.joined = joined
+    def forward(ctx, link, token):
+        entries, final = link.pending.wait()
+        ctx.link = link
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(entries)
         return entries, final
 
     @staticmethod
     def backward(ctx, entries_gradient, final_gradient):
-        joined = ctx.joined
-        (joined._entries,) = ctx.saved_tensors
+        link = ctx.link
+        (link.entries,) = ctx.saved_tensors
         if entries_gradient is None:
-            entries_gradient = torch.zeros_like(joined._entries)
-        pending = joined._pending
-        joined._reverse = joined._scan.start(
-            pending.transition, entries_gradient, final_gradient, reverse_of=pending
+            entries_gradient = torch.zeros_like(link.entries)
+        link.reverse = link.scan.start(
+            link.pending.transition, entries_gradient, final_gradient, reverse_of=link.pending
         )
         return None, entries_gradient.new_zeros(())

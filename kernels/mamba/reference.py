@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fla_dist.kernels.common.documents import document_starts, pad_doc_ids
+from fla_dist.kernels.common.documents import document_starts
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
 from torch import Tensor
 
@@ -50,33 +50,33 @@ def selective_scan_chunked(
     chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """All chunks walk their tokens side by side from a zero state; what enters a chunk is added
-    after the join."""
+    after the join. A document's first token has a Δ so large that nothing passes it."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     length = x.shape[1]
     padding = -length % chunk_size
-    x, dt, B, C = (
-        F.pad(y.to(dtype), (0, 0, 0, padding)).unflatten(1, (-1, chunk_size)) for y in (x, dt, B, C)
-    )
     A = A.to(dtype)
-    decay = (dt[..., None] * A).exp()  # [B, N_chunks, C, D, N]
-    total = dt.sum(dim=2)[..., None]  # [B, N_chunks, D, 1]
+    added = (dt * x).to(dtype)
+    passed = dt.to(dtype)
     if doc_ids is not None:
-        starts = document_starts(pad_doc_ids(doc_ids, padding)).unflatten(1, (-1, chunk_size))
-        decay = decay * ~starts[..., None, None]
-        total = total.masked_fill(starts.any(dim=2)[..., None, None], -RESET)
-    added = (dt * x)[..., None] * B[..., None, :]
+        passed = passed.masked_fill(document_starts(doc_ids)[..., None], -RESET)
+    added, passed, B, C = (
+        F.pad(y.to(dtype), (0, 0, 0, padding)).unflatten(1, (-1, chunk_size))
+        for y in (added, passed, B, C)
+    )
+    passed_since_start = passed.cumsum(dim=2)
+    decay = (passed[..., None] * A).exp()  # [B, N_chunks, C, D, N]
+    inputs = added[..., None] * B[..., None, :]
     states = []
-    state = torch.zeros_like(added[:, :, 0])
+    state = torch.zeros_like(inputs[:, :, 0])
     # unbind, not indexing: its backward writes each gradient once.
-    for token_decay, token_added in zip(decay.unbind(dim=2), added.unbind(dim=2), strict=True):
-        state = token_decay * state + token_added
+    for token_decay, token_input in zip(decay.unbind(dim=2), inputs.unbind(dim=2), strict=True):
+        state = token_decay * state + token_input
         states.append(state)
+    total = passed_since_start[:, :, -1, :, None]
     joined = JoinedStates(scan, Diagonal(total, A), state, initial_state)
-    output = torch.einsum("bnlds,bnls->bnld", torch.stack(states, dim=2), C)
 
-    since_start = (dt.cumsum(dim=2)[..., None] * A).exp()  # non-positive exponents: A < 0
-    if doc_ids is not None:
-        since_start = since_start * (starts.cumsum(dim=2) == 0)[..., None, None]
+    since_start = (passed_since_start[..., None] * A).exp()
     entering, final = joined.wait()
-    output = output + torch.einsum("bnlds,bnds,bnls->bnld", since_start, entering, C)
+    whole = torch.addcmul(torch.stack(states, dim=2), since_start, entering[:, :, None])
+    output = torch.einsum("bnlds,bnls->bnld", whole, C)
     return output.flatten(1, 2)[:, :length], final

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.state import LocalScan
 from torch import Tensor
 
 from tests.packing import doc_ids_of, positions_of
@@ -151,3 +155,22 @@ def test_selective_scan_names_the_argument_that_does_not_fit() -> None:
     x, dt, A, B, C, _ = mamba_inputs(9, 0.5)
     with pytest.raises(ValueError, match=r"selective_scan: C has shape \(2, 9, 3\), expected"):
         selective_scan(x, dt, A, B, F.pad(C, (0, -1)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_is_freed_with_its_outputs(family: str) -> None:
+    """Also without the garbage collector, which does not see what a cycle of nodes holds."""
+    make, form, _, chunked = FAMILIES[family]
+    gc.disable()
+    try:
+        for backward in (True, False):
+            scan = LocalScan()
+            watched = weakref.ref(scan)
+            inputs = [x.requires_grad_() for x in make(40, 0.5)]
+            output, state = form(partial(chunked, scan=scan), *inputs, doc_ids=None)
+            if backward:
+                (output.sum() + state.sum()).backward()
+            del scan, output, state
+            assert watched() is None
+    finally:
+        gc.enable()
