@@ -1,0 +1,1 @@
+"""Pretraining: the engine, the loop, checkpoints and records."""
