@@ -93,7 +93,7 @@ def test_overrides_reach_into_lists() -> None:
         # the command line itself
         (["optimizer.lr", "1"], ["expected --section.key value"]),
         (["--optimizer.lr"], ["--optimizer.lr has no value"]),
-        (["--data.sources.7.weight", "1"], ["'7' is not an index below 1"]),
+        (["--data.sources.7.weight", "1"], ["'7' is not an index below 2"]),
     ],
 )
 def test_refusals_name_the_key_the_value_and_what_is_allowed(

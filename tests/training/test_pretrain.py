@@ -116,20 +116,19 @@ def test_killed_at_a_random_step_and_resumed(
     assert losses(tmp_path) == losses(whole), f"killed after step {step}, at {reached}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_on_all_and_leaves(
-    tmp_path: Path, text: Path, cache: Path, whole: Path, number: signal.Signals
+    tmp_path: Path, text: Path, cache: Path, whole: Path
 ) -> None:
     config = write_run(tmp_path, text, cache, checkpoint={"interval_steps": 1000})
     process = launching.start(torchrun(2), "--config", config)
     launching.wait_for_step(process, tmp_path, 2)
     ranks = launching.ranks_of(process)
-    ranks[1].send_signal(number)
+    ranks[1].send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code != 0 and "stopped by a signal" in output
-    assert output.count("exitcode  : 75") == 2 or "exitcode: 75" in output
+    assert "exitcode  : 75" in output
     stopped = max(losses(tmp_path))
-    assert (tmp_path / "checkpoints" / f"step_{stopped:08d}").is_dir() or stopped == STEPS
+    assert (tmp_path / "checkpoints" / f"step_{stopped:08d}").is_dir()
     code, output = run(torchrun(2), "--config", config)
     assert code == 0, output
     assert losses(tmp_path) == losses(whole)
@@ -140,7 +139,7 @@ def test_plain_python_and_its_exit_code(tmp_path: Path, text: Path, cache: Path)
     arguments = ("--config", config, "--parallelism.sequence_parallel_size", "1")
     process = launching.start(PYTHON, *arguments)
     launching.wait_for_step(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     code, output = finish(process)
     assert code == 75, output
 
