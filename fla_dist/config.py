@@ -87,10 +87,20 @@ class ModelConfig:
 @dataclass(frozen=True)
 class SourceConfig:
     path: str
-    """A file, a directory, a glob, or a built-in source such as `python-docs:`."""
+    """A file, a directory, a glob, a built-in source such as `python-docs:`, or `hf:` and the name
+    of a dataset on the Hugging Face hub (or the directory of one)."""
     weight: PositiveFloat = 1.0
     text_field: str = "text"
+    template: str | None = None
+    """A document of several fields, as in "{title}\\n\\n{text}"; in place of `text_field`."""
+    min_characters: PositiveInt = 1
+    max_characters: PositiveInt | None = None
+    """Documents of other lengths are left out."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """Of a dataset on the hub; its newest revision where left out, the same for a whole run."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +127,26 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]
     sequence_length: PositiveInt
     validation_sources: tuple[SourceConfig, ...] = ()
-    packing: Literal["documents", "none"] = "documents"
-    """`documents`: positions and states restart at each document; `none`: one stream."""
+    packing: Literal["documents", "none", "best_fit"] = "documents"
+    """`documents`: positions and states restart at each document; `none`: one stream; `best_fit`:
+    as `documents`, but documents shorter than a sequence stay whole, and some padding is added."""
     mask_document_ends: bool = True
     """No loss where the next token belongs to another document."""
     seed: NonNegativeInt = 0
     lanes: PositiveInt = 8
     """Streams the sources are dealt to; fixed when a run starts, whatever the number of ranks."""
+    on_bad_source: Literal["error", "quarantine"] = "error"
+    """`quarantine`: a unit of text that cannot be read counts as empty; logged, and it leaves every
+    other unit's order as it was."""
     num_workers: PositiveInt = 1
+    """Processes a host that encode text."""
     cache_dir: str = "runs/token_cache"
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources: names no source")
+        if self.packing == "best_fit" and not self.mask_document_ends:
+            raise ConfigError("mask_document_ends: packing best_fit always masks them")
 
 
 @dataclass(frozen=True)
@@ -321,11 +338,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected an object of sections, got {_show(tree)}")
     _apply_overrides(tree, overrides)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Checks a tree of plain JSON values, such as a checkpoint holds, and builds the config."""
     return _build(Config, tree, "")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The resolved config as plain JSON values; `load_config` reads it back to an equal one."""
+    """The resolved config as plain JSON values; `config_from_dict` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

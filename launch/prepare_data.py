@@ -3,10 +3,13 @@
     python launch/prepare_data.py build   --config configs/samba_tiny.json
     python launch/prepare_data.py verify  --config configs/samba_tiny.json
     python launch/prepare_data.py inspect --config configs/samba_tiny.json [--section.key value ...]
+    python launch/prepare_data.py train-tokenizer --config configs/samba_tiny.json
 
 `build` trains the tokenizer if the config asks for one, and encodes every unit. `verify` reads
 every byte of the cache and removes what is damaged, for `build` or training to make again.
 `inspect` shows the sources, the lengths of their documents, the blend, and the first sequence.
+`train-tokenizer` trains the tokenizer alone and says where it is. Several hosts may run `build`
+over one cache at once; they share the work.
 Exit codes: 0 good, 1 damage found, 2 refused (config, data).
 """
 
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 from fla_dist.config import ConfigError, load_config
 from fla_dist.data import DataError, load_tokenizer
 from fla_dist.data.errors import DamagedShardError
-from fla_dist.data.inspection import build, describe, verify
+from fla_dist.data.inspection import build, describe, quarantined, verify
 from fla_dist.data.plan import Plan, Split
 
 EXIT_DAMAGED, EXIT_REFUSED = 1, 2
@@ -31,12 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=("build", "verify", "inspect"))
+    parser.add_argument("command", choices=("build", "verify", "inspect", "train-tokenizer"))
     parser.add_argument("--config", required=True, help="the run's JSON file")
     parsed, overrides = parser.parse_known_args(arguments)
     config = load_config(parsed.config, overrides)
     tokenizer = load_tokenizer(config.tokenizer, config.data)
     tokenizer.require_vocabulary(config.model.vocab_size)
+
+    if parsed.command == "train-tokenizer":
+        if config.tokenizer.train is None:
+            raise ConfigError("tokenizer.train: the config names a tokenizer and trains none")
+        print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens")
+        return 0
 
     splits: tuple[Split, ...] = ("train", "validation")
     problems = []
@@ -44,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = Plan.make(config.data, tokenizer, split)
         if parsed.command == "build":
             build(plan, config.data.num_workers)
+            for reason in quarantined(plan):
+                print(f"quarantined: {reason}", file=sys.stderr)
         elif parsed.command == "verify":
             problems += verify(plan)
         else:
-            for line in describe(plan, config.data, config.data.lanes if split == "train" else 1):
+            for line in describe(plan, config.data, split):
                 print(line)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

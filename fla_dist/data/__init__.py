@@ -1,13 +1,17 @@
 """Text files in, this rank's slice of packed token sequences out; exact over any interruption.
 
-    sources.py      files → units of text (the plan's atoms), and the documents of one unit
+    units.py        a unit of text, the plan's atom, and a compact table of them
+    sources.py      config → files → units
+    hub.py          datasets of the Hugging Face hub
+    documents.py    the documents of one unit
     tokenizer.py    a tokenizer.json, loaded or trained here
     shard.py        one unit's tokens on disk: format, checksums
     cache.py        which unit is in which shard
-    lease.py        one builder a cache
+    lease.py        a file that one process holds
     builder.py      the background builder: worker processes that turn units into shards
     plan.py         a run's sources, tokenizer and cache
     order.py        which tokens form global sequence n: permutation, lanes, blend, cursor
+    best_fit.py     the same for windowed best-fit packing
     packing.py      a sequence's tokens, labels, positions and document ids from shards
     pipeline.py     build_pipeline: all of it behind one iterator
     inspection.py   what launch/prepare_data.py shows

@@ -28,18 +28,20 @@ class Batch:
     positions: torch.Tensor
     doc_ids: torch.Tensor
 
+    @staticmethod
+    def empty(rows: int, length: int, *, pin_memory: bool) -> Batch:
+        shape = (rows, length)
+        return Batch(
+            torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
+            torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
+            torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory),
+            torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return Batch(
             self.tokens.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
             self.positions.to(device, non_blocking=non_blocking),
             self.doc_ids.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> Batch:
-        return Batch(
-            self.tokens.pin_memory(),
-            self.labels.pin_memory(),
-            self.positions.pin_memory(),
-            self.doc_ids.pin_memory(),
         )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fla_dist.data.cache import TokenCache
 from fla_dist.data.errors import DataError
-from fla_dist.data.sources import Unit
 from fla_dist.data.tokenizer import open_tokenizer
+from fla_dist.data.units import Unit
 
 
 def main() -> None:
@@ -25,9 +25,9 @@ def main() -> None:
     os.nice(5)  # training that can run goes first
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for training, which may still need this
-    directory, tokenizer_path = sys.argv[1:]
+    directory, tokenizer_path, on_bad_source = sys.argv[1:]
     tokenizer = open_tokenizer(Path(tokenizer_path))
-    cache = TokenCache(Path(directory), tokenizer.sha256)
+    cache = TokenCache(Path(directory), tokenizer.sha256, on_bad_source)
     for line in sys.stdin:
         unit = Unit.from_json(json.loads(line))
         try:
@@ -37,7 +37,10 @@ def main() -> None:
             error = str(failure)
         except MemoryError:
             error = f"{unit.key}: {unit.pieces[0].path}: not enough memory to encode it"
-        print(json.dumps(error), file=results, flush=True)
+        try:
+            print(json.dumps(error), file=results, flush=True)
+        except BrokenPipeError:  # the parent was killed
+            os._exit(0)
 
 
 if __name__ == "__main__":

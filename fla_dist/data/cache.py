@@ -3,6 +3,9 @@
     units/<name>.json     a unit's record: its shard, its text's sha256, token and document counts
     shards/<name>.tokens  a shard, named by a hash of its text, the tokenizer and the format
     failures/<name>.json  why a unit could not be built, for the processes that wait for it
+    leases/<name>         who builds a unit now
+    complete/<plan>       all units of a plan were built when a builder looked
+    plans/, tokenizers/   how files were cut into units; tokenizers by content
 
 A unit's name is a hash of its files' paths, sizes and times: known without reading them, and a new
 one as soon as they change. A shard's name is a hash of what is in it, so files that were moved or
@@ -17,23 +20,33 @@ import json
 import os
 import socket
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
+from fla_dist.data.documents import hash_documents, read_documents
 from fla_dist.data.errors import DamagedShardError, DataError
+from fla_dist.data.lease import Lease
 from fla_dist.data.shard import Shard, write_atomically, write_shard
-from fla_dist.data.sources import Unit, hash_documents, read_documents
 from fla_dist.data.tokenizer import Tokenizer
+from fla_dist.data.units import Unit
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class UnitRecord:
+    """Attributes:
+    quarantined: why the unit's text could not be read, in place of which its shard is empty.
+    """
+
     shard: str
     source_sha256: str
     tokens: int
     documents: int
+    quarantined: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,14 +56,19 @@ class Failure:
 
 
 class TokenCache:
-    """The shards of one tokenizer in a directory that any number of processes share."""
+    """The shards of one tokenizer in a directory that any number of processes share.
 
-    def __init__(self, directory: Path, tokenizer_sha256: str):
+    Args:
+        on_bad_source: "error", or "quarantine": an empty shard for a unit that cannot be read.
+    """
+
+    def __init__(self, directory: Path, tokenizer_sha256: str, on_bad_source: str = "error"):
         self.directory = directory
         self.tokenizer_sha256 = tokenizer_sha256
+        self.on_bad_source = on_bad_source
 
     def unit_name(self, unit: Unit) -> str:
-        return _hash(FORMAT_VERSION, self.tokenizer_sha256, unit.identity(moved=False))
+        return _hash(FORMAT_VERSION, self.tokenizer_sha256, unit.identity())
 
     def find(self, unit: Unit) -> UnitRecord | None:
         """The record of a unit that is built; a damaged record is none."""
@@ -59,7 +77,9 @@ class TokenCache:
             fields = record["record"]
             if record["check"] != _hash(fields):
                 return None
-            return UnitRecord(**fields)
+            found = UnitRecord(**fields)
+            accepted = self.on_bad_source == "quarantine" or not found.quarantined
+            return found if accepted else None
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
 
@@ -92,8 +112,29 @@ class TokenCache:
         Raises:
             DataError: the source cannot be used, or the cache cannot be written.
         """
-        documents = read_documents(unit)
-        sha256 = hash_documents(documents)
+        documents, quarantined = self._read(unit)
+        self.store(
+            unit,
+            tokenizer,
+            hash_documents(documents),
+            lambda: tokenizer.encode_documents(documents),
+            quarantined,
+        )
+
+    def store(
+        self,
+        unit: Unit,
+        tokenizer: Tokenizer,
+        sha256: str,
+        encode: Callable[[], Sequence[np.ndarray]],
+        quarantined: str = "",
+    ) -> None:
+        """Writes a unit's shard, unless there is one of the same text, and its record.
+
+        Args:
+            sha256: of the text.
+            encode: gives the documents' tokens.
+        """
         name = _hash(FORMAT_VERSION, sha256, tokenizer.sha256, tokenizer.dtype) + ".tokens"
         path = self.directory / "shards" / name
         try:
@@ -105,19 +146,45 @@ class TokenCache:
             except (FileNotFoundError, DamagedShardError):
                 write_shard(
                     path,
-                    tokenizer.encode_documents(documents),
+                    encode(),
                     dtype=tokenizer.dtype,
                     source_sha256=sha256,
                     tokenizer_sha256=tokenizer.sha256,
                 )
                 shard = Shard(path)
-            record = asdict(UnitRecord(name, sha256, shard.header.tokens, shard.header.documents))
+            header = shard.header
+            record = asdict(UnitRecord(name, sha256, header.tokens, header.documents, quarantined))
             text = json.dumps({"record": record, "check": _hash(record)})
             write_atomically(self._record_path(unit), [text.encode()])
         except OSError as error:
             raise DataError(f"data.cache_dir: {self.directory}: {error.strerror}") from error
         except DamagedShardError as error:
             raise DataError(f"data.cache_dir: {error} right after it was written") from error
+
+    def _read(self, unit: Unit) -> tuple[list[str], str]:
+        """(documents, why they are none)."""
+        try:
+            return read_documents(unit), ""
+        except DataError as error:
+            # The system may read it the next time: a unit must not depend on when it was built.
+            passing = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            if self.on_bad_source == "quarantine" and (missing or not passing):
+                return [], str(error)
+            raise
+
+    def make_lease(self, unit: Unit) -> Lease:
+        """What its builder holds while it builds the unit."""
+        return Lease(self.directory / "leases" / self.unit_name(unit))
+
+    def is_complete(self, plan: str) -> bool:
+        return self._complete_path(plan).exists()
+
+    def mark_complete(self, plan: str) -> None:
+        path = self._complete_path(plan)
+        with contextlib.suppress(OSError):  # it only saves the next run a look at every unit
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
 
     def discard_if_damaged(self, unit: Unit) -> None:
         """Removes a unit's record and shard if a read of the whole shard confirms the damage.
@@ -157,7 +224,7 @@ class TokenCache:
     def remove_leftovers(self) -> None:
         """Removes the temporary files of this host's dead builders."""
         prefix = f".tmp-{socket.gethostname()}-"
-        for folder in ("shards", "units", "failures"):
+        for folder in ("shards", "units", "failures", "leases", "plans"):
             for path in (self.directory / folder).glob(f"{prefix}*"):
                 pid = path.name.removeprefix(prefix).split("-")[0]
                 if not _is_alive(int(pid)):
@@ -168,6 +235,9 @@ class TokenCache:
 
     def _failure_path(self, unit: Unit) -> Path:
         return self.directory / "failures" / f"{self.unit_name(unit)}.json"
+
+    def _complete_path(self, plan: str) -> Path:
+        return self.directory / "complete" / f"{plan}-{self.on_bad_source}"
 
     def _shard_path(self, record: UnitRecord) -> Path:
         return self.directory / "shards" / record.shard

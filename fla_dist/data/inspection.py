@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,9 +10,10 @@ from tqdm import tqdm
 
 from fla_dist.config import DataConfig
 from fla_dist.data.errors import DamagedShardError
-from fla_dist.data.order import Order, SourceOrder
-from fla_dist.data.packing import ShuffledShard, pack_slice
-from fla_dist.data.plan import Plan
+from fla_dist.data.order import Exhausted
+from fla_dist.data.packing import Row, ShuffledShard, pack_documents, pack_stream
+from fla_dist.data.pipeline import make_order
+from fla_dist.data.plan import Plan, Split
 from fla_dist.data.shard import Shard
 
 SEQUENCES_OF_A_BLEND = 1000
@@ -24,17 +26,23 @@ def build(plan: Plan, num_workers: int) -> None:
     Raises:
         DataError: naming everything that could not be built; the rest is built.
     """
-    builder = plan.make_builder(plan.units(), num_workers)
-    with tqdm(unit="unit", desc=plan.sources[0].key.rpartition(".")[0]) as bar:
+    builder = plan.make_builder(plan.units, num_workers)
+    name = plan.sources[0].key.rpartition(".")[0]
+    with tqdm(total=plan.num_units(), unit="unit", desc=name) as bar:
 
-        def on_progress(done: int, total: int) -> None:
-            bar.total = total
+        def on_progress(done: int) -> None:
             bar.update(done - bar.n)
 
         try:
             builder.build_all(on_progress)
         finally:
             builder.close()
+
+
+def quarantined(plan: Plan) -> list[str]:
+    """Why the units that count as empty could not be read."""
+    records = map(plan.cache.find, plan.units())
+    return [record.quarantined for record in records if record and record.quarantined]
 
 
 def verify(plan: Plan) -> list[str]:
@@ -49,7 +57,7 @@ def verify(plan: Plan) -> list[str]:
     return problems
 
 
-def describe(plan: Plan, data: DataConfig, lanes: int) -> Iterator[str]:
+def describe(plan: Plan, data: DataConfig, split: Split) -> Iterator[str]:
     """The sources, their documents' lengths, the blend, and the first sequence; of a built cache.
 
     Raises:
@@ -61,26 +69,33 @@ def describe(plan: Plan, data: DataConfig, lanes: int) -> Iterator[str]:
     for source, parts in zip(plan.sources, shards, strict=True):
         yield from _describe_source(source.key, source.weight, parts)
 
-    order = Order(
-        [SourceOrder(len(source.units), source.weight) for source in plan.sources],
-        lanes=lanes,
-        seed=data.seed,
-        count_tokens=lambda source, unit: shards[source][unit].header.tokens,
-    )
-    spans = order.next_sequence(data.sequence_length)
-    for _ in range(SEQUENCES_OF_A_BLEND - 1):
-        order.next_sequence(data.sequence_length)
-    shares = ", ".join(f"{share:.2%}" for share in order.shares())
-    yield f"blend of the first {SEQUENCES_OF_A_BLEND} sequences, by source: {shares}"
+    def shuffled(source: int, unit: int, key: int) -> ShuffledShard:
+        return ShuffledShard.make(shards[source][unit], key)
 
-    sequence = pack_slice(
-        spans,
-        [ShuffledShard.make(shards[span.source][span.unit], span.key) for span in spans],
-        start=0,
-        stop=data.sequence_length,
-        packing="documents",
-        mask_document_ends=data.mask_document_ends,
+    order = make_order(
+        plan,
+        data,
+        split,
+        count_tokens=lambda source, unit: shards[source][unit].header.tokens,
+        document_begins=lambda *unit: shuffled(*unit).begins,
     )
+    length = data.sequence_length
+    spans = order.next_sequence(length)
+    with contextlib.suppress(Exhausted):
+        while order.sequence < SEQUENCES_OF_A_BLEND:
+            order.next_sequence(length)
+    shares = ", ".join(f"{share:.2%}" for share in order.shares())
+    yield f"blend of the first {order.sequence} sequences, by source: {shares}"
+
+    streams = [shuffled(span.source, span.unit, span.key) for span in spans]
+    sequence = Row.empty(length)
+    if data.packing == "best_fit":
+        pack_documents(spans, streams, sequence, start=0)
+    else:
+        mask = data.mask_document_ends
+        pack_stream(
+            spans, streams, sequence, start=0, restart_positions=True, mask_document_ends=mask
+        )
     begins = np.flatnonzero(sequence.positions == 0).tolist()
     yield f"first sequence: {data.sequence_length} tokens, {len(begins)} documents"
     for begin, end in zip(begins, [*begins[1:], data.sequence_length], strict=True):

@@ -1,4 +1,4 @@
-"""One builder a cache: a file that one process holds.
+"""A file that one process holds.
 
 The file appears whole by a link and names its holder. A holder on this host is dead when its
 process is; one on another host when its heartbeat stood still for STALE_SECONDS of the *observer's*
@@ -39,7 +39,7 @@ class Lease:
         if not self._is_free():
             return False
         # Written beside and linked: the lease appears with its content or not at all.
-        temporary = self._path.with_name(f".tmp-lease-{self._token}")
+        temporary = self._path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{self._token}")
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

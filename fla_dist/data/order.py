@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 
 MAX_64 = (1 << 64) - 1
 ROUNDS = 5
+UNITS_AT_ONCE = 1024
 
 
 def make_key(*parts: int | str) -> int:
@@ -167,20 +169,25 @@ class Order:
         return spans
 
     def upcoming_units(self, source: int) -> Iterator[int]:
-        """Every unit of a source once, in the order in which it will be needed."""
+        """Every unit of a source once, those that this epoch still needs in their order first."""
         size, dealt = self._num_units[source], self._dealt[source]
         held = dict.fromkeys(
             self._find_unit(source, number)[0] for number, _ in sorted(self._lanes[source])
         )
-        yield from held
-        seen = set(held)
-        for epoch in (dealt // size, dealt // size + 1):
-            first = max(0, dealt - epoch * size)
-            order = permute(np.arange(first, size), size, self._epoch_key(source, epoch))
-            for unit in order.tolist():
-                if unit not in seen:
-                    seen.add(unit)
-                    yield unit
+        epoch, done = divmod(dealt, size)
+        key = self._epoch_key(source, epoch)
+        return itertools.chain(
+            held,
+            (
+                unit
+                for first, last in ((done, size), (0, done))
+                for begin in range(first, last, UNITS_AT_ONCE)
+                for unit in permute(
+                    np.arange(begin, min(begin + UNITS_AT_ONCE, last)), size, key
+                ).tolist()
+                if unit not in held
+            ),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

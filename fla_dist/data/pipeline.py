@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -16,19 +17,28 @@ import torch
 
 from fla_dist.config import DataConfig, TokenizerConfig
 from fla_dist.data.batch import Batch
+from fla_dist.data.best_fit import BestFitOrder
 from fla_dist.data.builder import Builder, Closed
 from fla_dist.data.errors import DamagedShardError, DataError
 from fla_dist.data.order import Exhausted, Order, SourceOrder, SourceTooSmall, Span
-from fla_dist.data.packing import PackedSlice, ShuffledShard, pack_slice, padding
+from fla_dist.data.packing import (
+    Row,
+    ShuffledShard,
+    pack_documents,
+    pack_padding,
+    pack_stream,
+)
 from fla_dist.data.plan import Plan, Split
-from fla_dist.data.sources import Unit
 from fla_dist.data.tokenizer import Tokenizer, load_tokenizer
+from fla_dist.data.units import Unit
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 PREFETCHED_BATCHES = 2
-OPEN_SHARDS = 64
+OPEN_SHARDS = 16
+KNOWN_COUNTS = 4096
+READS_UNTIL_RELEASE = 16
 READ_ATTEMPTS = 3
 
 
@@ -70,38 +80,48 @@ class ShardReader:
         self._cache = plan.cache
         self._builder = builder
         self._keep = keep
-        self._counts: dict[tuple[int, int], int] = {}
+        self._reads = 0
+        self.quarantined: set[tuple[int, int]] = set()
+        self.count_tokens = functools.lru_cache(maxsize=KNOWN_COUNTS)(self._count_tokens)
         self._open: OrderedDict[tuple[int, int, int], ShuffledShard] = OrderedDict()
 
-    def count_tokens(self, source: int, unit: int) -> int:
-        count = self._counts.get((source, unit))
-        if count is None:
-            wanted = self._sources[source].units[unit]
-            while (record := self._cache.find(wanted)) is None:
-                self._builder.wait_for(wanted)
-            count = self._counts[source, unit] = record.tokens
-        return count
+    def _count_tokens(self, source: int, unit: int) -> int:
+        wanted = self._sources[source].units[unit]
+        while (record := self._cache.find(wanted)) is None:
+            self._builder.wait_for(wanted)
+        if record.quarantined:
+            self.quarantined.add((source, unit))
+        return record.tokens
 
-    def pack(self, spans: list[Span], **layout: Any) -> PackedSlice:
-        """`pack_slice` of the spans' shards; a damaged one is rebuilt from its source."""
+    def document_begins(self, source: int, unit: int, key: int) -> np.ndarray:
+        """Of a unit's documents in the stream that `key` makes of them."""
+        span = Span(source, unit, key, 0, 0)
         for _ in range(READ_ATTEMPTS):
             try:
-                return pack_slice(spans, [self._shard(span) for span in spans], **layout)
+                return self.open(span).begins
             except DamagedShardError as error:
                 damage = error
-                logger.warning("%s; it is rebuilt from its source", error)
-                self._open.clear()
-                for unit in {self._unit(span) for span in spans}:
-                    self._cache.discard_if_damaged(unit)
-                    if not self._cache.is_built(unit):
-                        self._builder.rebuild(unit)
+                self.repair([span], error)
         raise DataError(f"data.cache_dir: {damage}, however often it is rebuilt")
+
+    def repair(self, spans: list[Span], damage: DamagedShardError) -> None:
+        """Has the damaged ones of the spans' shards rebuilt from their sources."""
+        logger.warning("%s; it is rebuilt from its source", damage)
+        self._open.clear()
+        for unit in {self._unit(span) for span in spans}:
+            self._cache.discard_if_damaged(unit)
+            if not self._cache.is_built(unit):
+                self._builder.rebuild(unit)
 
     def _unit(self, span: Span) -> Unit:
         return self._sources[span.source].units[span.unit]
 
-    def _shard(self, span: Span) -> ShuffledShard:
+    def open(self, span: Span) -> ShuffledShard:
         name = (span.source, span.unit, span.key)
+        self._reads += 1
+        if self._reads % READS_UNTIL_RELEASE == 0:
+            for held in self._open.values():
+                held.shard.release_pages()
         shard = self._open.get(name)
         if shard is None:
             unit = self._unit(span)
@@ -111,6 +131,34 @@ class ShardReader:
                 self._open.popitem(last=False)
         self._open.move_to_end(name)
         return shard
+
+
+def make_order(
+    plan: Plan,
+    data: DataConfig,
+    split: Split,
+    *,
+    count_tokens: Callable[[int, int], int],
+    document_begins: Callable[[int, int, int], np.ndarray],
+) -> Order:
+    """The order of a split's sequences that the config asks for."""
+    sources = [SourceOrder(len(source.units), source.weight) for source in plan.sources]
+    epochs = 1 if split == "validation" else None
+    if data.packing == "best_fit":
+        return BestFitOrder(
+            sources,
+            seed=data.seed,
+            count_tokens=count_tokens,
+            document_begins=document_begins,
+            epochs=epochs,
+        )
+    return Order(
+        sources,
+        lanes=1 if split == "validation" else data.lanes,
+        seed=data.seed,
+        count_tokens=count_tokens,
+        epochs=epochs,
+    )
 
 
 class TokenPipeline:
@@ -150,22 +198,25 @@ class TokenPipeline:
         self._finite = split == "validation"
 
         self._plan = Plan.make(data, tokenizer, split)
-        lanes = 1 if self._finite else data.lanes
-        self._order = Order(
-            [SourceOrder(len(source.units), source.weight) for source in self._plan.sources],
-            lanes=lanes,
-            seed=data.seed,
+        lanes = 1 if self._finite or data.packing == "best_fit" else data.lanes
+        self._order = make_order(
+            self._plan,
+            data,
+            split,
             count_tokens=lambda source, unit: self._reader.count_tokens(source, unit),
-            epochs=1 if self._finite else None,
+            document_begins=lambda *unit: self._reader.document_begins(*unit),
         )
+        best_fit = data.packing == "best_fit"
         self._identity = {
             "version": STATE_VERSION,
             "plan": self._plan.sha256[:16],
             "tokenizer": tokenizer.sha256[:16],
             "seed": data.seed,
             "lanes": lanes,
+            "order": "best_fit" if best_fit else "stream",
+            "window": data.sequence_length if best_fit else None,
         }
-        self._builder = self._plan.make_builder(self._upcoming_units(), data.num_workers)
+        self._builder = self._plan.make_builder(self._upcoming_units, data.num_workers)
         keep = max(OPEN_SHARDS, 2 * lanes * len(self._plan.sources))
         self._reader = ShardReader(self._plan, self._builder, keep)
         self._start_state = self._state = self._order.state_dict()
@@ -206,6 +257,11 @@ class TokenPipeline:
         waited, self._waited_seconds = self._waited_seconds, 0.0
         return waited
 
+    @property
+    def quarantined_units(self) -> int:
+        """How many units that could not be read this rank has passed over."""
+        return len(self._reader.quarantined)
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches handed out so far; the same on every rank."""
         return {**self._identity, **self._state}
@@ -222,6 +278,8 @@ class TokenPipeline:
             "tokenizer": "the tokenizer",
             "seed": "data.seed",
             "lanes": "data.lanes",
+            "order": "data.packing",
+            "window": "data.sequence_length, to which best_fit has packed a window,",
         }
         for name, expected in self._identity.items():
             if state.get(name) != expected:
@@ -230,7 +288,7 @@ class TokenPipeline:
                     f"changed (then {state.get(name)}, now {expected})"
                 )
         self._restart({name: state[name] for name in self._start_state})
-        self._builder.reorder(self._upcoming_units())
+        self._builder.reorder()
 
     def close(self) -> None:
         """Ends the prefetching and this process's builders; the cache stays usable."""
@@ -287,31 +345,43 @@ class TokenPipeline:
                 return
 
     def _make_batch(self) -> Batch:
-        rows: list[PackedSlice] = []
-        start, stop = self._slice.start, self._slice.stop
+        # Pinned, so that the copy to the GPU can run beside the computation.
+        batch = Batch.empty(
+            self._micro_batch_size, len(self._slice), pin_memory=torch.cuda.is_available()
+        )
+        fields = (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+        rows = map(Row, *(field.numpy() for field in fields))
         for index in range(self._global_batch):
             try:
                 spans = self._order.next_sequence(self._data.sequence_length)
             except Exhausted:
                 if index == 0:
                     raise
-                rows += [padding(start, stop)] * (self._micro_batch_size - len(rows))
+                for row in rows:
+                    pack_padding(row, self._slice.start)
                 break
             if index in self._mine:
-                rows.append(
-                    self._reader.pack(
-                        spans,
-                        start=start,
-                        stop=stop,
-                        packing=self._data.packing,
-                        mask_document_ends=self._data.mask_document_ends,
-                    )
+                self._pack(spans, next(rows))
+        return batch
+
+    def _pack(self, spans: list[Span], row: Row) -> None:
+        """Writes a sequence; a damaged shard is rebuilt from its source."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                shards = [self._reader.open(span) for span in spans]
+                if self._data.packing == "best_fit":
+                    pack_documents(spans, shards, row, start=self._slice.start)
+                    return
+                pack_stream(
+                    spans,
+                    shards,
+                    row,
+                    start=self._slice.start,
+                    restart_positions=self._data.packing == "documents",
+                    mask_document_ends=self._data.mask_document_ends,
                 )
-        batch = Batch(
-            *(
-                torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-                for name in ("tokens", "labels", "positions", "doc_ids")
-            )
-        )
-        # Pinned here, so that the copy to the GPU can run beside the computation.
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+                return
+            except DamagedShardError as error:
+                damage = error
+                self._reader.repair(spans, error)
+        raise DataError(f"data.cache_dir: {damage}, however often it is rebuilt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +13,9 @@ from fla_dist.config import DataConfig
 from fla_dist.data.builder import Builder
 from fla_dist.data.cache import TokenCache
 from fla_dist.data.errors import DataError
-from fla_dist.data.sources import Source, Unit, resolve_sources
+from fla_dist.data.sources import Source, resolve_sources
 from fla_dist.data.tokenizer import Tokenizer
+from fla_dist.data.units import Unit
 
 Split = Literal["train", "validation"]
 
@@ -39,17 +40,20 @@ class Plan:
         """
         key = "data.validation_sources" if split == "validation" else "data.sources"
         configs = data.validation_sources if split == "validation" else data.sources
-        sources = tuple(resolve_sources(configs, key))
+        sources = tuple(resolve_sources(configs, key, plans=Path(data.cache_dir) / "plans"))
         if not sources:
             raise DataError(f"{key}: names no source")
-        cache = TokenCache(Path(data.cache_dir), tokenizer.sha256)
+        cache = TokenCache(Path(data.cache_dir), tokenizer.sha256, data.on_bad_source)
         return Plan(sources, tokenizer, cache, _hash(sources))
 
     def units(self) -> Iterator[Unit]:
         return (unit for source in self.sources for unit in source.units)
 
-    def make_builder(self, units: Iterable[Unit], num_workers: int) -> Builder:
-        """A builder of `units`, of which the first ones are needed first."""
+    def num_units(self) -> int:
+        return sum(len(source.units) for source in self.sources)
+
+    def make_builder(self, units: Callable[[], Iterable[Unit]], num_workers: int) -> Builder:
+        """A builder of all units, in the order in which `units` gives them."""
         return Builder(
             self.cache,
             self.tokenizer,
@@ -62,7 +66,5 @@ class Plan:
 def _hash(sources: Sequence[Source]) -> str:
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(json.dumps([source.weight, len(source.units)]).encode())
-        for unit in source.units:
-            digest.update(json.dumps(unit.identity(moved=True)).encode())
+        digest.update(json.dumps([source.weight, source.units.sha256(moved=True)]).encode())
     return digest.hexdigest()

@@ -96,6 +96,10 @@ def write_shard(
 class Shard:
     """A memory-mapped shard.
 
+    Attributes:
+        tokens: [tokens], a view of the file; `check` what is read of it.
+        begins: [documents + 1] where each document begins, and the end of the last.
+
     Raises:
         DamagedShardError: at opening or reading, where the bytes are not those written.
         FileNotFoundError: there is none.
@@ -121,23 +125,31 @@ class Shard:
                 raise DamagedShardError(f"{path}: {actual} bytes, its header says {size}")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         view = memoryview(self._map)
+        self._start = start
         self._data = view[start : start + self._data_bytes]
         crcs = view[start + self._data_bytes :]
         if zlib.crc32(crcs) != self.header.crcs_crc32:
             raise DamagedShardError(f"{path}: its table of checksums is damaged")
         self._crcs = np.frombuffer(crcs, np.uint32)
-        self._checked = bytearray(num_blocks)
+        self._unchecked = bytearray(b"\1" * num_blocks)
         self._itemsize = itemsize
-        self._tokens = np.frombuffer(self._data[:token_bytes], self.header.dtype)
+        self.tokens = np.frombuffer(self._data[:token_bytes], self.header.dtype)
         # Copied, since every use of a shard reads all of it: ends may lie unaligned in the file.
         self._check(token_bytes, self._data_bytes)
         ends = np.frombuffer(bytes(self._data[token_bytes:]), np.uint64).astype(np.int64)
         self.begins = np.concatenate([np.zeros(1, np.int64), ends])  # [documents + 1]
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), a view of the file."""
-        self._check(start * self._itemsize, stop * self._itemsize)
-        return self._tokens[start:stop]
+    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Checks the blocks that hold tokens [start, stop) of each pair, before they are read."""
+        if any(self._unchecked):
+            first_bytes = (starts * self._itemsize).tolist()
+            last_bytes = (stops * self._itemsize).tolist()
+            for first_byte, last_byte in zip(first_bytes, last_bytes, strict=True):
+                self._check(first_byte, last_byte)
+
+    def release_pages(self) -> None:
+        """Lets go of the file's pages in this process's memory; the system's cache keeps them."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> None:
         """Checks every byte."""
@@ -145,10 +157,14 @@ class Shard:
 
     def _check(self, first_byte: int, last_byte: int) -> None:
         for block in range(first_byte // BLOCK_BYTES, -(-last_byte // BLOCK_BYTES)):
-            if not self._checked[block]:
+            if self._unchecked[block]:
                 offset = block * BLOCK_BYTES
                 if zlib.crc32(self._data[offset : offset + BLOCK_BYTES]) != self._crcs[block]:
                     raise DamagedShardError(
-                        f"{self.path}: 1 MiB block {block} of {len(self._checked)} is damaged"
+                        f"{self.path}: 1 MiB block {block} of {len(self._unchecked)} is damaged"
                     )
-                self._checked[block] = True
+                self._unchecked[block] = 0
+                # Of a block, little is read at once: its pages need not stay in this process.
+                page = (self._start + offset) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min(self._start + offset + BLOCK_BYTES, len(self._map))
+                self._map.madvise(mmap.MADV_DONTNEED, page, end - page)

@@ -14,11 +14,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fla_dist.config import DataConfig, TokenizerConfig, TokenizerTrainConfig
+from fla_dist.data.documents import read_documents
 from fla_dist.data.errors import DataError
 from fla_dist.data.lease import hold
 from fla_dist.data.order import make_key, permute
 from fla_dist.data.shard import write_atomically
-from fla_dist.data.sources import Source, read_documents, resolve_sources
+from fla_dist.data.sources import Source, resolve_sources
 
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
@@ -168,12 +169,14 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 def _trained(config: TokenizerTrainConfig, data: DataConfig) -> Path:
     key = "tokenizer.train.sources" if config.sources else "data.sources"
-    sources = resolve_sources(config.sources or data.sources, key)
+    sources = resolve_sources(
+        config.sources or data.sources, key, plans=Path(data.cache_dir) / "plans"
+    )
     identity = [
         TRAINING_VERSION,
         config.vocab_size,
         config.max_bytes,
-        [[source.weight, *(u.identity(moved=False) for u in source.units)] for source in sources],
+        [[source.weight, source.units.sha256(moved=False)] for source in sources],
     ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     directory = Path(data.cache_dir) / "tokenizers" / digest

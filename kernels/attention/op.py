@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fla_dist.kernels.attention.reference import attention_blocked
 from fla_dist.kernels.common.validation import check, check_rank
-from torch import Tensor
 
 
 def attention(

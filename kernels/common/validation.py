@@ -21,3 +21,20 @@ def check_rank(op: str, name: str, tensor: Tensor, axes: str) -> None:
         raise ValueError(
             f"{op}: {name} has shape {tuple(tensor.shape)}, expected [{', '.join(axes.split())}]"
         )
+
+
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, doc_ids: Tensor | None
+) -> None:
+    """Raises ValueError unless the arguments that all linear attentions share fit each other."""
+    check_rank(op, "q", q, "B T H K")
+    check_rank(op, "v", v, "B T H V")
+    batch, length, heads, key_size = q.shape
+    value_size = v.shape[-1]
+    check(op, "k", k, (batch, length, heads, key_size), q)
+    check(op, "v", v, (batch, length, heads, value_size), q)
+    check(op, "initial_state", initial_state, (batch, heads, key_size, value_size), q)
+    check(op, "doc_ids", doc_ids, (batch, length), q)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {x.dtype}, expected q's {q.dtype}")

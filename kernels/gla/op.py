@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
-from fla_dist.kernels.common.validation import check, check_rank
-from fla_dist.kernels.gla.reference import gla_chunked
-from fla_dist.kernels.state import LOCAL, Scan
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.common.validation import check, check_attention
+from fla_dist.kernels.gla.reference import gla_chunked
+from fla_dist.kernels.gla.settings import CHECKED, SHORTEST
+from fla_dist.kernels.gla.steps import backward, output, scores, summarize
+from fla_dist.kernels.state import LOCAL, Diagonal, Scan
+
+
+class SegmentedGLA(torch.autograd.Function):
+    """Summarize the segments, join them, walk them; the backward mirrors it. Saves the states that
+    enter segments and the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
+        state, log_decay = summarize(k, v, g, doc_ids, 1.0, False)
+        pending = scan.start(Diagonal(log_decay), state, initial_state)
+        pair_scores = scores(q, k, v, g, doc_ids, scale)
+        entering, final = pending.wait()
+        ctx.save_for_backward(q, k, v, g, doc_ids, pair_scores, entering, final)
+        ctx.pending, ctx.scan, ctx.scale, ctx.has_initial = (
+            pending,
+            scan,
+            scale,
+            initial_state is not None,
+        )
+        ctx.set_materialize_grads(False)
+        return output(q, k, v, g, doc_ids, pair_scores, entering, scale), final
+
+    @staticmethod
+    def backward(ctx: Any, do, final_gradient):
+        q, k, v, g, doc_ids, pair_scores, entering, final = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else rows_contiguous(do)
+        state_gradient, _ = summarize(q, do, g, doc_ids, ctx.scale, True)
+        leaving_gradient, initial_gradient = ctx.scan.start(
+            ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
+        ).wait()
+        gradients = backward(
+            q, k, v, do, g, doc_ids, pair_scores, entering, final, leaving_gradient, ctx.scale
+        )
+        return *gradients, initial_gradient if ctx.has_initial else None, None, None, None
 
 
 def gla(
@@ -40,17 +82,15 @@ def gla(
     Raises:
         ValueError: shapes or devices that do not fit, naming the argument and what was expected.
     """
-    check_rank("gla", "q", q, "B T H K")
-    check_rank("gla", "v", v, "B T H V")
-    batch, length, heads, key_size = q.shape
-    check("gla", "k", k, (batch, length, heads, key_size), q)
-    check("gla", "g", g, (batch, length, heads, key_size), q)
-    check("gla", "v", v, (batch, length, heads, v.shape[-1]), q)
-    check("gla", "initial_state", initial_state, (batch, heads, key_size, v.shape[-1]), q)
-    check("gla", "doc_ids", doc_ids, (batch, length), q)
-    output, final_state = gla_chunked(
-        q, k, v, g,
-        scale=key_size**-0.5 if scale is None else scale,
-        initial_state=initial_state, doc_ids=doc_ids, scan=scan,
-    )  # fmt: skip
-    return output.to(v.dtype), final_state
+    check_attention("gla", q, k, v, initial_state, doc_ids)
+    check("gla", "g", g, tuple(q.shape), q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    checked = (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED and q.shape[1] >= SHORTEST
+    if capability(q) != 90 or not checked:
+        o, final_state = gla_chunked(
+            q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
+        )
+        return o.to(v.dtype), final_state
+    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    return SegmentedGLA.apply(q, k, v, g, initial_state, doc_ids, scale, on_gpu(scan))

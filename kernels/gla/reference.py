@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fla_dist.kernels.common.documents import chunk_documents, document_starts, pad_doc_ids
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
-from torch import Tensor
 
 
 def gla_recurrent(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fla_dist.kernels.common.validation import check, check_rank
 from torch import Tensor
+
+from fla_dist.kernels.common.validation import check, check_rank
 
 IGNORED = -100
 CHUNK_BYTES = 256 * 2**20

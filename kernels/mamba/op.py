@@ -2,10 +2,100 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla_dist.kernels.common.documents import document_starts
+from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.mamba.reference import selective_scan_chunked
-from fla_dist.kernels.state import LOCAL, Scan
-from torch import Tensor
+from fla_dist.kernels.mamba.triton_backward import backward, summarize_gradient
+from fla_dist.kernels.mamba.triton_forward import LOG2_E, fold, output, summarize
+from fla_dist.kernels.state import LOCAL, RESET, Diagonal, Scan
+
+LARGEST_STATE = 16
+"""N up to which the kernels were checked on a GPU, with x and dt of one dtype. They are written for
+any N and for dt in fp32 beside x in bf16; those go to the reference until they were checked too."""
+
+
+class SegmentedSelectiveScan(torch.autograd.Function):
+    """Summarize the segments, join them, walk them; the backward mirrors it.
+
+    A scan over ranks sees one stretch: the slice, folded. The states that the walk keeps for the
+    backward are those before every 16th token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, dt, A, B, C, initial_state, doc_ids, scan, keep):
+        rate = A.float() * LOG2_E
+        B_rows, C_rows = B.float().contiguous(), C.float().contiguous()
+        reset = None if doc_ids is None else document_starts(doc_ids) * RESET
+        state, log_decay = summarize(x, dt, rate, B_rows, reset)
+        if scan is LOCAL:
+            ctx.pending = None
+            entries, final = fold(log_decay, rate, state, initial_state, False)
+        else:
+            _, leaving = fold(log_decay, rate, state, None, False)
+            slice_decay = Diagonal(log_decay.sum(dim=1, keepdim=True), A.float())
+            ctx.pending = scan.start(slice_decay, leaving.unsqueeze(1), initial_state)
+            entering, final = ctx.pending.wait()
+            entries, _ = fold(log_decay, rate, state, entering[:, 0].contiguous(), False)
+        y, checkpoints = output(x, dt, rate, B_rows, C_rows, reset, entries, keep)
+        ctx.save_for_backward(x, dt, rate, B_rows, C_rows, reset, log_decay, checkpoints)
+        ctx.scan = scan
+        ctx.dtypes = A.dtype, B.dtype, C.dtype
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, dy, final_gradient):
+        x, dt, rate, B, C, reset, log_decay, checkpoints = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else rows_contiguous(dy)
+        if final_gradient is not None:
+            final_gradient = final_gradient.contiguous()
+        state = summarize_gradient(dt, rate, C, dy, reset)
+        if ctx.pending is None:
+            leaving, initial_gradient = fold(log_decay, rate, state, final_gradient, True)
+        else:
+            _, entering = fold(log_decay, rate, state, None, True)
+            reverse = ctx.scan.start(
+                ctx.pending.transition,
+                entering.unsqueeze(1),
+                final_gradient,
+                reverse_of=ctx.pending,
+            )
+            from_others, initial_gradient = reverse.wait()
+            leaving, _ = fold(log_decay, rate, state, from_others[:, 0].contiguous(), True)
+        dx, ddt, dA, dB, dC = backward(x, dt, rate, B, C, dy, reset, checkpoints, leaving)
+        return (
+            dx, ddt, *(g.to(dtype) for g, dtype in zip((dA, dB, dC), ctx.dtypes, strict=True)),
+            initial_gradient if ctx.has_initial else None, None, None, None,
+        )  # fmt: skip
+
+
+def segmented_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` by the Triton kernels; its arguments are checked."""
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    keep = torch.is_grad_enabled() and any(
+        y is not None and y.requires_grad for y in (x, dt, A, B, C, initial_state)
+    )
+    return SegmentedSelectiveScan.apply(
+        rows_contiguous(x), rows_contiguous(dt), A, B, C, initial_state, doc_ids, scan, keep
+    )
 
 
 def selective_scan(
@@ -51,7 +141,12 @@ def selective_scan(
     check("selective_scan", "C", C, (batch, length, size), x)
     check("selective_scan", "initial_state", initial_state, (batch, channels, size), x)
     check("selective_scan", "doc_ids", doc_ids, (batch, length), x)
-    output, final_state = selective_scan_chunked(
+    checked = x.dtype == dt.dtype != torch.float64 and size <= LARGEST_STATE
+    if capability(x) == 90 and checked:
+        return segmented_selective_scan(
+            x, dt, A, B, C, initial_state=initial_state, doc_ids=doc_ids, scan=scan
+        )
+    y, final_state = selective_scan_chunked(
         x, dt, A, B, C, initial_state=initial_state, doc_ids=doc_ids, scan=scan
     )
-    return output.to(x.dtype), final_state
+    return y.to(x.dtype), final_state

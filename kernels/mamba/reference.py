@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fla_dist.kernels.common.documents import document_starts
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
-from torch import Tensor
 
 
 def selective_scan_recurrent(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.short_convolution.reference import short_convolution_reference
-from torch import Tensor
 
 
 def short_convolution(

@@ -40,7 +40,7 @@ def make_builder(plan):
     builders = []
 
     def make(num_workers=1) -> Builder:
-        builders.append(plan.make_builder(plan.units(), num_workers))
+        builders.append(plan.make_builder(plan.units, num_workers))
         return builders[-1]
 
     yield make
@@ -115,9 +115,9 @@ def test_all_units_are_built_once_by_several_builders(plan, make_builder):
         builder.start()
     progress = []
     for builder in builders:
-        builder.build_all(lambda done, total: progress.append((done, total)))
+        builder.build_all(progress.append)
     shards = list((plan.cache.directory / "shards").iterdir())
-    assert len(shards) == len(list(plan.units())) == progress[-1][0] == progress[-1][1]
+    assert len(shards) == plan.num_units() == progress[-1]
     assert sum(len(builder._workers) > 0 for builder in builders) == 1
 
 
@@ -130,7 +130,7 @@ def test_building_goes_on_after_the_builder_is_killed(plan, own_data_config, mak
         "from fla_dist.config import _build\n"
         "data = _build(DataConfig, json.loads(sys.argv[1]), 'data')\n"
         "plan = Plan.make(data, open_tokenizer(Path(sys.argv[2])), 'train')\n"
-        "plan.make_builder(plan.units(), 2).build_all(lambda *_: print('.', flush=True))"
+        "plan.make_builder(plan.units, 2).build_all(lambda *_: print('.', flush=True))"
     )
     config = json.dumps(
         {
@@ -190,7 +190,7 @@ def test_an_old_failure_is_tried_again(plan, make_builder):
 
 def test_a_worker_that_dies_is_replaced(plan):
     units = list(plan.units())
-    worker = Worker(plan.cache.directory, plan.tokenizer.path)
+    worker = Worker(plan.cache, plan.tokenizer.path)
     assert worker.build(units[0]) is None
     worker._process.send_signal(signal.SIGTERM)  # meant for training: ignored
     assert worker.build(units[1]) is None
@@ -201,7 +201,7 @@ def test_a_worker_that_dies_is_replaced(plan):
 
 
 def test_a_worker_that_cannot_run_is_an_error_and_no_hang(plan):
-    worker = Worker(plan.cache.directory, plan.cache.directory / "absent.json")
+    worker = Worker(plan.cache, plan.cache.directory / "absent.json")
     message = worker.build(next(plan.units()))
     assert message is not None and "the builder process ended with status 1" in message
     worker.stop()
@@ -231,7 +231,195 @@ def test_moved_files_are_not_encoded_again(plan, own_data_config, make_builder, 
     moved = replace(own_data_config, sources=write_sources(tmp_path / "moved"))
     other = Plan.make(moved, plan.tokenizer, "train")
     assert other.sha256 == plan.sha256
-    builder = other.make_builder(other.units(), 1)
+    builder = other.make_builder(other.units, 1)
     builder.build_all(lambda *_: None)
     builder.close()
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+
+
+HOST = (
+    "import sys, json, socket; host = sys.argv[3]; socket.gethostname = lambda: host\n"
+    "from fla_dist.config import DataConfig, _build; from fla_dist.data.plan import Plan\n"
+    "from fla_dist.data import sources; from fla_dist.data.tokenizer import open_tokenizer\n"
+    "from fla_dist.data.builder import Worker; from pathlib import Path\n"
+    "sources.SMALLEST_UNIT_BYTES = 5000\n"
+    "data = _build(DataConfig, json.loads(sys.argv[1]), 'data')\n"
+    "plan = Plan.make(data, open_tokenizer(Path(sys.argv[2])), 'train')\n"
+    "build = Worker.build\n"
+    "def logged(self, unit):\n"
+    "    print(host, plan.cache.unit_name(unit), flush=True); return build(self, unit)\n"
+    "Worker.build = logged\n"
+    "builder = plan.make_builder(plan.units, 1)\n"
+    "print('ready', flush=True); sys.stdin.readline()\n"
+    "builder.build_all(lambda _: None); builder.close()\n"
+)
+
+
+def as_json(data) -> str:
+    return json.dumps(
+        {
+            "sources": [vars(source) for source in data.sources],
+            "sequence_length": 64,
+            "cache_dir": data.cache_dir,
+        }
+    )
+
+
+def test_hosts_build_one_cache_together_and_no_unit_twice(plan, own_data_config):
+    arguments = [sys.executable, "-c", HOST, as_json(own_data_config), str(plan.tokenizer.path)]
+    hosts = [
+        subprocess.Popen(
+            [*arguments, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("first", "second")
+    ]
+    for host in hosts:
+        assert host.stdout.readline() == "ready\n"
+    for host in hosts:
+        host.stdin.write("go\n")
+        host.stdin.flush()
+    built = [line.split() for host in hosts for line in host.communicate(timeout=60)[0].split("\n")]
+    names = [name for _, name in filter(None, built)]
+    assert len(names) == len(set(names)) == plan.num_units()
+    for unit in plan.units():
+        plan.cache.open(unit).verify()
+    assert list((plan.cache.directory / "leases").iterdir()) == []
+
+
+def test_what_a_dead_host_had_begun_is_built_last(plan, make_builder, monkeypatch):
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 0.5)
+    first = next(plan.units())
+    path = plan.cache.directory / "leases" / plan.cache.unit_name(first)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "token": "x"}))
+    make_builder().build_all(lambda _: None)
+    records = sorted((plan.cache.directory / "units").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert records[-1].stem == plan.cache.unit_name(first)
+
+
+def test_a_complete_cache_is_not_looked_through_again(plan, make_builder):
+    make_builder().build_all(lambda _: None)
+    again = make_builder(2)
+    again.start()
+    again._thread.join()
+    assert again._workers == []
+    unit = next(plan.units())
+    next((plan.cache.directory / "units").glob(plan.cache.unit_name(unit) + "*")).unlink()
+    again.wait_for(unit)
+    assert plan.cache.is_built(unit)
+
+
+def test_a_full_tmpfs_is_a_clean_error_and_building_goes_on_later(
+    own_data_config, tmp_path, monkeypatch
+):
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mounted)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        data = replace(own_data_config, cache_dir=str(mounted))
+        plan = Plan.make(data, load_tokenizer(TOKENIZER, data), "train")
+        ballast = mounted / "ballast"
+        with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        os.truncate(ballast, ballast.stat().st_size - 40 * 1024)
+        builder = plan.make_builder(plan.units, 1)
+        with pytest.raises(DataError, match=r"data\.cache_dir: .*No space left on device"):
+            builder.build_all(lambda _: None)
+        builder.close()
+        assert not list(mounted.rglob("shards/.tmp*"))
+        for unit in filter(plan.cache.is_built, plan.units()):
+            plan.cache.open(unit).verify()
+        ballast.unlink()
+        builder = plan.make_builder(plan.units, 1)
+        builder.build_all(lambda _: None)
+        builder.close()
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+KILLED_BETWEEN_CALLS = """
+import builtins, json, os, shutil, signal, sys
+from pathlib import Path
+from fla_dist.data.cache import TokenCache
+from fla_dist.data.tokenizer import open_tokenizer
+from fla_dist.data.units import Unit
+import pyarrow
+directory, unit = Path(sys.argv[1]), Unit.from_json(json.loads(sys.argv[3]))
+
+def child(work):
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def build(kill_before):
+    tokenizer = open_tokenizer(Path(sys.argv[2]))
+    cache = TokenCache(directory, tokenizer.sha256)
+    if kill_before is not None:
+        calls = iter(range(1000))
+        def named(module, name):
+            real = getattr(module, name)
+            def counted(*arguments, **options):
+                if next(calls) == kill_before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+            setattr(module, name, counted)
+        for name in ("open", "fsync", "rename", "link", "unlink", "close", "mkdir", "utime"):
+            named(os, name)
+        named(builtins, "open")
+    lease = cache.make_lease(unit)
+    assert lease.try_acquire()
+    if not cache.is_built(unit):
+        cache.build(unit, tokenizer)
+    lease.release()
+
+def check():
+    tokenizer = open_tokenizer(Path(sys.argv[2]))
+    cache = TokenCache(directory, tokenizer.sha256)
+    if cache.is_built(unit):
+        cache.verify(unit)
+    build(None)
+    cache.verify(unit)
+    cache.remove_leftovers()
+    left = sorted(p.parent.name for p in directory.rglob("*") if p.is_file())
+    assert left == ["shards", "units"], left
+
+for kill_before in range(1000):
+    shutil.rmtree(directory, ignore_errors=True)
+    ended = child(lambda: build(kill_before))
+    assert child(check) == 0, kill_before
+    if ended == 0:
+        break
+    assert ended == -signal.SIGKILL, ended
+print(kill_before)
+"""
+
+
+def test_killed_between_any_two_system_calls(plan, tmp_path):
+    unit = json.dumps(next(plan.units()).to_json())
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            KILLED_BETWEEN_CALLS,
+            str(tmp_path / "killed"),
+            str(plan.tokenizer.path),
+            unit,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 15

@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fla_dist.data.order import Span, permute
-from fla_dist.data.packing import ShuffledShard, pack_slice, padding
+from fla_dist.data.packing import Row, ShuffledShard, pack_padding, pack_stream
 
 
 class FakeShard:
     """A unit's documents in memory, with what ShuffledShard needs of a Shard."""
 
     def __init__(self, lengths: list[int], first_token: int):
-        self.header = SimpleNamespace(documents=len(lengths))
+        self.header = SimpleNamespace(documents=len(lengths), dtype="uint32")
         self.begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.tokens = np.arange(first_token, first_token + sum(lengths), dtype=np.uint32)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop]
+    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        assert (starts <= stops).all() and (stops <= len(self.tokens)).all()
 
 
 @st.composite
@@ -69,10 +69,17 @@ def test_slices_are_those_of_the_whole_sequence(sequence, packing, mask, data):
     spans, shards, expected, length = sequence
     tokens, labels, positions = naive(expected, length, packing, mask)
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=3))})
-    slices = [
-        pack_slice(spans, shards, start=start, stop=stop, packing=packing, mask_document_ends=mask)
-        for start, stop in zip(cuts, cuts[1:], strict=False)
-    ]
+    slices = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        slices.append(Row.empty(stop - start))
+        pack_stream(
+            spans,
+            shards,
+            slices[-1],
+            start=start,
+            restart_positions=packing == "documents",
+            mask_document_ends=mask,
+        )
     assert np.concatenate([s.tokens for s in slices]).tolist() == tokens
     assert np.concatenate([s.labels for s in slices]).tolist() == labels
     assert np.concatenate([s.positions for s in slices]).tolist() == positions
@@ -84,7 +91,9 @@ def test_slices_are_those_of_the_whole_sequence(sequence, packing, mask, data):
 
 
 def test_padding_has_no_labels_and_continues_over_slices():
-    first, second = padding(0, 4), padding(4, 8)
+    first, second = Row.empty(4), Row.empty(4)
+    pack_padding(first, 0)
+    pack_padding(second, 4)
     assert first.positions.tolist() + second.positions.tolist() == list(range(8))
     assert first.doc_ids.tolist() == [1] * 4 and second.doc_ids.tolist() == [0] * 4
     assert set(first.labels) == {-100}

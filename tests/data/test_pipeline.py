@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -80,6 +81,102 @@ def test_kills_and_changes_of_the_mesh_move_no_token(open_pipeline, data_config,
     for row, expected in zip(rows, reference, strict=False):
         for name in FIELDS:
             assert torch.equal(row[name], getattr(expected, name)[0])
+
+
+def check_random_ranks(open_pipeline, data, reference, trials: int, seed: int) -> None:
+    """Each trial: up to four runs, each on another mesh, each killed; one random rank is read."""
+    random = Random(seed)
+    for _ in range(trials):
+        state, done = None, 0
+        for _ in range(random.randint(1, 4)):
+            dp, sp = random.choice([1, 2, 3, 4]), random.choice([1, 2, 4, 8])
+            d, s, micro_batch_size = (
+                random.randrange(dp),
+                random.randrange(sp),
+                random.randint(1, 3),
+            )
+            length = data.sequence_length // sp
+            data_now = replace(data, num_workers=random.choice([1, 2]))
+            pipeline = open_pipeline(data_now, (d, dp), (s, sp), micro_batch_size)
+            if state is not None:
+                pipeline.load_state_dict(state)
+            for _ in range(random.randint(0, 6)):
+                batch = next(pipeline)
+                for row in range(micro_batch_size):
+                    expected = reference[done + d * micro_batch_size + row]
+                    for name in FIELDS:
+                        whole = getattr(expected, name)[0]
+                        part = whole[s * length : (s + 1) * length]
+                        assert torch.equal(getattr(batch, name)[row], part)
+                done += dp * micro_batch_size
+            state = json.loads(json.dumps(pipeline.state_dict()))
+            assert state["sequence"] == done and len(json.dumps(state)) < 4096
+            pipeline.close()
+
+
+@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+def test_random_kills_resumes_and_meshes(open_pipeline, data_config, packing):
+    data = replace(data_config, packing=packing)
+    reference = list(islice(open_pipeline(data), 300))
+    check_random_ranks(open_pipeline, data, reference, trials=15, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+def test_a_thousand_random_kills_resumes_and_meshes(open_pipeline, data_config, packing):
+    data = replace(data_config, packing=packing)
+    reference = list(islice(open_pipeline(data), 300))
+    check_random_ranks(open_pipeline, data, reference, trials=500, seed=2)
+
+
+def test_best_fit_keeps_documents_whole(open_pipeline, data_config):
+    data = replace(data_config, packing="best_fit", sequence_length=2048, mask_document_ends=True)
+    pipeline = open_pipeline(data)
+    end = pipeline.tokenizer.end_of_document
+    for _ in range(20):
+        batch = next(pipeline)
+        assert torch.equal(batch.labels[batch.tokens == end].unique(), torch.tensor([-100]))
+        assert torch.equal(batch.doc_ids, (batch.positions == 0).cumsum(1, dtype=torch.int32))
+    state = pipeline.state_dict()
+    with pytest.raises(DataError, match=r"data\.sequence_length, to which best_fit"):
+        open_pipeline(replace(data, sequence_length=1024)).load_state_dict(state)
+    with pytest.raises(DataError, match=r"changed"):
+        open_pipeline(replace(data_config, lanes=1)).load_state_dict(state)
+
+
+def test_best_fit_validation_ends(open_pipeline, data_config):
+    data = replace(data_config, packing="best_fit", sequence_length=512)
+    pipeline = open_pipeline(data, split="validation")
+    labelled = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in pipeline)
+    units = range(len(pipeline._plan.sources[0].units))
+    tokens = sum(pipeline._reader.count_tokens(0, unit) for unit in units)
+    assert labelled == tokens - len(DOCUMENTS[24:])  # all but the documents' ends
+
+
+def test_quarantine_empties_a_unit_and_moves_no_other(open_pipeline, own_data_config, reference):
+    """The sequences up to the bad unit are unchanged, and so is the order of the other units."""
+    data = replace(own_data_config, sources=own_data_config.sources[1:])
+    healthy = open_pipeline(data)
+    before = list(healthy._order.upcoming_units(0))
+    piece = healthy._plan.sources[0].units[before[-1]].pieces[0]
+    healthy.close()
+    shutil.rmtree(data.cache_dir)
+    Path(piece.path).write_bytes(b"\xff" * piece.size)
+    broken = open_pipeline(data)
+    with pytest.raises(DataError, match=r"byte 0 \(0xff\) is not UTF-8"):
+        for _ in range(400):
+            next(broken)
+    lenient = replace(data, on_bad_source="quarantine")
+    pipeline = open_pipeline(lenient)
+    assert list(pipeline._order.upcoming_units(0)) == before
+    end = pipeline.tokenizer.end_of_document
+    num_documents = sum(int((next(pipeline).tokens == end).sum()) for _ in range(300))
+    assert num_documents > 12 and pipeline.quarantined_units == 1
+    strict = open_pipeline(data)
+    assert strict._plan.sha256 == pipeline._plan.sha256
+    with pytest.raises(DataError, match=r"byte 0 \(0xff\) is not UTF-8"):
+        for _ in range(400):
+            next(strict)
 
 
 def test_a_slice_s_document_ids_count_its_own_starts(open_pipeline, data_config):

@@ -81,3 +81,30 @@ def test_what_a_user_can_get_wrong_is_one_line(run):
     assert refused.stderr == "error: data.sources.0.path: nowhere.txt: no such file\n"
     refused = run("build", "--tokenizer.train.vocab_size", "600")
     assert refused.returncode == 2 and "model.vocab_size" in refused.stderr
+
+
+def test_best_fit_is_shown(run):
+    assert run("build").returncode == 0
+    shown = run("inspect", "--data.packing", "best_fit")
+    assert "first sequence: 256 tokens" in shown.stdout
+
+
+def test_train_tokenizer(run, tmp_path):
+    trained = run("train-tokenizer")
+    assert trained.returncode == 0 and trained.stdout.endswith("tokenizer.json: 300 tokens\n")
+    path = trained.stdout.rpartition(":")[0]
+    refused = run("train-tokenizer", "--tokenizer", json.dumps({"path": path}))
+    assert refused.returncode == 2 and "trains none" in refused.stderr
+
+
+def test_quarantined_units_are_listed(run, data_config, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    built = run(
+        "build",
+        "--data.sources.1.path",
+        str(tmp_path / "bad.txt"),
+        "--data.on_bad_source",
+        "quarantine",
+    )
+    assert built.returncode == 0
+    assert "quarantined: data.sources.1: " in built.stderr and "bad.txt:1: byte 0" in built.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from fla_dist.config import SourceConfig
 from fla_dist.data import sources
+from fla_dist.data.documents import read_documents
 from fla_dist.data.errors import DataError
-from fla_dist.data.sources import Unit, read_documents, resolve_sources
+from fla_dist.data.sources import resolve_sources
+from fla_dist.data.units import Piece, TextRule, Unit
 
 TEXTS = [f"Document {i} — {'wörter ' * (i % 7)}\nsecond line" for i in range(60)]
 
@@ -52,8 +55,8 @@ def test_any_cut_of_a_file_gives_each_line_once(tmp_path_factory, lines, unit_by
     stat = path.stat()
     got = []
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        piece = sources.Piece(str(path), "a.jsonl", size, stat.st_mtime_ns, start, stop)
-        got += read_documents(Unit("data.sources.0", "jsonl", "text", (piece,)))
+        piece = Piece(str(path), "a.jsonl", size, stat.st_mtime_ns, start, stop)
+        got += read_documents(Unit("data.sources.0", "jsonl", TextRule(), (piece,)))
     assert got == [line + "." for line in lines]
 
 
@@ -164,3 +167,127 @@ def test_a_file_that_changed_after_planning(tmp_path):
     (tmp_path / "a.txt").write_text("another text")
     with pytest.raises(DataError, match=r"a\.txt: changed since the run was planned"):
         read_documents(source.units[0])
+
+
+def compress(path, data: bytes) -> None:
+    codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files(tmp_path, suffix):
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    path = tmp_path / f"a.jsonl{suffix}"
+    compress(path, b"".join(lines[:30]))
+    compress(tmp_path / f"second.jsonl{suffix}", b"".join(lines[30:]))
+    other = tmp_path / f"second.jsonl{suffix}"
+    path.write_bytes(path.read_bytes() + other.read_bytes())  # two frames
+    other.unlink()
+    compress(tmp_path / f"b.txt{suffix}", b"plain")
+    (tmp_path / "c.parquet.gz").touch()
+    assert read(tmp_path) == [*TEXTS, "plain"]
+
+    lines[17] = b'{"text": 3}\n'
+    compress(path, b"".join(lines))
+    with pytest.raises(DataError, match=rf"a\.jsonl{suffix}:18: field 'text' is no string"):
+        read(path)
+    compress(path, b"".join(lines[:17]))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=rf"data\.sources\.0: .*a\.jsonl{suffix}: cannot be read"):
+        read(path)
+
+
+ROWS = [{"title": f"T{i}", "body": "x" * i} for i in range(9)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_templates_and_length_filters(tmp_path, kind):
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    path = f"hf:{tmp_path}" if kind == "hub" else tmp_path
+    rule = {"template": "{title}: {{{body}}}", "min_characters": 8, "max_characters": 10}
+    assert read(path, **rule) == [f"T{i}: {{{'x' * i}}}" for i in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("template", ["{", "no field", "{}", "{title!r}", "{title:>5}"])
+def test_bad_templates(tmp_path, template):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"data\.sources\.0\.template: "):
+        read(tmp_path, template=template)
+
+
+def test_a_hub_dataset_is_read_file_by_file_and_pinned(tmp_path):
+    """The hub's layout in a directory: `datasets` resolves both alike."""
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    for i in range(3):
+        write_jsonl(dataset / f"train-{i:05}.jsonl", TEXTS[i * 5 : i * 5 + 5])
+    write_jsonl(dataset / "test-00000.jsonl", ["held out"])
+    config = SourceConfig(f"hf:{dataset}")
+
+    def resolve():
+        return resolve_sources([config], "data.sources", plans=tmp_path / "plans")[0].units
+
+    units = resolve()
+    assert len(units) == 3
+    assert [text for unit in units for text in read_documents(unit)] == TEXTS[:15]
+    write_jsonl(dataset / "train-00009.jsonl", ["of a later revision"])
+    assert list(resolve()) == list(units)
+    assert read(f"hf:{dataset}", split="test") == ["held out"]
+    (dataset / "train-00001.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(DataError, match=r"train-00001\.jsonl: row 1: field 'text' is no string"):
+        read_documents(units[1])
+    with pytest.raises(DataError, match=r"data\.sources\.0\.split: 'dev' is none of"):
+        read(f"hf:{dataset}", split="dev")
+    with pytest.raises(DataError, match=r"data\.sources\.0\.path: hf:.*absent: "):
+        read(f"hf:{tmp_path}/absent")
+
+
+def test_how_files_were_cut_is_kept_and_made_again_when_damaged(tmp_path, small_units, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    config, plans = SourceConfig(str(tmp_path / "a.jsonl")), tmp_path / "plans"
+    (first,) = resolve_sources([config], "data.sources", plans=plans)
+    (kept,) = plans.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_ranges", None)
+        (second,) = resolve_sources([config], "data.sources", plans=plans)
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 8
+    kept.write_bytes(content)
+    (third,) = resolve_sources([config], "data.sources", plans=plans)
+    assert list(first.units) == list(second.units) == list(third.units)
+
+
+def test_neither_the_clock_nor_the_order_of_a_listing_matters(tmp_path, monkeypatch):
+    for i, text in enumerate(TEXTS[:9]):
+        (tmp_path / f"{i}.txt").write_text(text)
+
+    def sha256():
+        return resolve_sources([SourceConfig(str(tmp_path))], "x")[0].units.sha256(moved=True)
+
+    before, walk = sha256(), os.walk
+    for seconds in (0, 2**33):
+        os.utime(tmp_path / "3.txt", (seconds, seconds))
+        assert sha256() == before
+    monkeypatch.setattr(os, "walk", lambda top: ((d, c, n[::-1]) for d, c, n in walk(top)))
+    assert sha256() == before
+    (tmp_path / "3.txt").write_text("longer " + TEXTS[3])
+    assert sha256() != before
+
+
+def test_a_table_of_many_units_is_small(tmp_path):
+    """32 thousand units of sparse files: tens of bytes each, any of them made at once."""
+    for i in range(8):
+        with open(tmp_path / f"{i}.txt", "wb") as file:
+            file.truncate(128 << 30)
+    (source,) = resolve_sources([SourceConfig(str(tmp_path))], "data.sources")
+    table = source.units
+    assert len(table) == 8 * 4096
+    assert sum(v.nbytes for v in vars(table).values() if hasattr(v, "nbytes")) < 40 * len(table)
+    piece = table[4096 * 5 + 1].pieces[0]
+    assert (piece.name, piece.start, piece.stop) == ("5.txt", 32 << 20, 64 << 20)
+    with pytest.raises(IndexError):
+        table[len(table)]

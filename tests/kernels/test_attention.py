@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fla_dist.kernels.attention import attention, reference
 
+from fla_dist.kernels.attention import attention, reference
 from tests.packing import positions_of
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fla_dist.kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
+
+from fla_dist.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Tensor:

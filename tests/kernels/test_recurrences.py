@@ -10,13 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.state import LocalScan
-from torch import Tensor
-
 from tests.packing import doc_ids_of, positions_of
 
 LENGTHS = [1, 15, 16, 33, 100]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fla_dist.kernels.short_convolution import short_convolution
 
+from fla_dist.kernels.short_convolution import short_convolution
 from tests.packing import positions_of
 
 

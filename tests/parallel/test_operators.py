@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from fla_dist.kernels.attention import attention
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.state import LOCAL
-from torch import Tensor
-
 from fla_dist.parallel.exchange import build_exchange
 from fla_dist.parallel.mesh import Mesh, build_mesh
 from tests.packing import LENGTH, STARTS, doc_ids_of, positions_of

@@ -1,0 +1,90 @@
+"""The launches that `compile-check` compiles: every family at every setting of its table, and at
+sizes that its rule serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fla_dist.benchmark.compile_check import compile_for, record
+from fla_dist.kernels.gla import steps as gla
+from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
+from fla_dist.kernels.simple_gla import steps as simple_gla
+from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
+
+_ARCHITECTURES = (80, 90)
+
+
+def _inputs(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) -> tuple[Tensor, ...]:
+    tokens, heads = 2048, 16
+    q = torch.empty(1, tokens, heads, key_size, dtype=dtype)
+    v = torch.empty(1, tokens, heads, value_size, dtype=dtype)
+    doc_ids = torch.zeros(1, tokens, dtype=torch.int32) if packed else None
+    return q, v, doc_ids  # type: ignore[return-value]
+
+
+def _simple_gla(
+    key_size: int, value_size: int, dtype: torch.dtype, packed: bool
+) -> Callable[[], None]:
+    def launches() -> None:
+        q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
+        for g in (None, torch.empty(q.shape[2]), torch.empty(q.shape[:3])):
+            state, _ = simple_gla.summarize._init_fn(q, v, g, doc_ids, 1.0, False)
+            simple_gla.summarize._init_fn(q, v, g, doc_ids, 0.5, True)
+            simple_gla.output._init_fn(q, q, v, g, doc_ids, state, 0.5)
+            with_decay = g is not None and g.ndim == 3
+            simple_gla.backward._init_fn(
+                q, q, v, v, g, doc_ids, state, state[:, 0], state, 0.5, with_decay
+            )
+
+    return launches
+
+
+def _gla(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+    def launches() -> None:
+        q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
+        for g in (torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)):
+            state, _ = gla.summarize._init_fn(q, v, g, doc_ids, 1.0, False)
+            gla.summarize._init_fn(q, v, g, doc_ids, 0.5, True)
+            scores = gla.scores._init_fn(q, q, v, g, doc_ids, 0.5)
+            gla.output._init_fn(q, q, v, g, doc_ids, scores, state, 0.5)
+            gla.backward._init_fn(q, q, v, v, g, doc_ids, scores, state, state[:, 0], state, 0.5)
+
+    return launches
+
+
+def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, make, tuned in (
+        ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
+        ("gla", _gla, GLA_TUNED),
+    ):
+        sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}
+        if thorough:
+            sizes |= {(64, 128), (24, 40), (256, 256), (256, 512)}
+        dtypes = (torch.bfloat16, torch.float16, torch.float32) if thorough else (torch.bfloat16,)
+        for key_size, value_size in sorted(sizes):
+            for dtype in dtypes:
+                for packed in (False, True) if thorough else (False,):
+                    label = (
+                        f"{name} K={key_size} V={value_size} {dtype} {'packed' if packed else ''}"
+                    )
+                    yield label, make(key_size, value_size, dtype, packed)
+
+
+def check_all(*, thorough: bool) -> bool:
+    """Prints a row for every kernel; False where one would not launch."""
+    fine = True
+    for architecture in _ARCHITECTURES:
+        for label, launches in _cases(architecture, thorough):
+            print(f"sm_{architecture} {label}")
+            for recorded in record(architecture, launches):
+                row = compile_for(recorded, architecture)
+                print(
+                    f"  {row.kernel:22} {row.registers:4} registers {row.local_bytes:5} B local"
+                    f" {row.shared_bytes:7} B shared {row.seconds:5.1f} s  {row.problem}",
+                    flush=True,
+                )  # fmt: skip
+                fine = fine and not row.problem
+    return fine

@@ -1,0 +1,274 @@
+"""Times ops against their physical floor, beside the peer's op where it is installed, and only
+where they are right.
+
+An op's floor is the larger of two times: its inputs, outputs and gradients moved once through
+memory, and its matrix products at the tensor cores' rate.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from fla_dist.kernels.gla import gla
+from fla_dist.kernels.gla.reference import gla_chunked
+from fla_dist.kernels.retention import linear_attention, retention, retention_decay
+from fla_dist.kernels.simple_gla import simple_gla
+from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
+
+LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+"""Of ‖x - reference‖ / ‖reference‖, the reference in fp64."""
+RATES = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 798e12)}
+"""Measured: bytes a second of a device-to-device copy, and bf16 FLOP/s of a large matrix
+product."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+
+
+SHAPES = (
+    Shape(1, 32768, 16, 128, 128),
+    Shape(8, 4096, 16, 128, 128),
+    Shape(4, 8192, 8, 256, 256),
+    Shape(1, 131072, 16, 128, 128),
+    Shape(1, 32768, 4, 256, 512),
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """decay: makes the decay argument, or None where there is none.  peer: (module, name) in
+    flash-linear-attention."""
+
+    call: Callable[..., tuple[Tensor, Tensor]]
+    reference: Callable[..., tuple[Tensor, Tensor]]
+    decay: Callable[[Shape, torch.dtype], Tensor] | None
+    decay_has_gradient: bool
+    peer: tuple[str, str] | None
+
+
+def _log_sigmoid(*shape: int) -> Tensor:
+    return F.logsigmoid(torch.randn(*shape, device="cuda")) / 16
+
+
+OPS = {
+    "linear_attention": Op(
+        linear_attention, lambda q, k, v, **o: simple_gla_chunked(q, k, v, None, **o), None, False,
+        None
+    ),
+    "retention": Op(
+        retention, simple_gla_chunked, lambda s, dtype: retention_decay(s.H, "cuda"), False,
+        ("fla.ops.retention", "chunk_retention"),
+    ),
+    "simple_gla": Op(
+        simple_gla, simple_gla_chunked, lambda s, dtype: _log_sigmoid(s.B, s.T, s.H), True,
+        ("fla.ops.simple_gla", "chunk_simple_gla"),
+    ),
+    "gla": Op(
+        gla, gla_chunked, lambda s, dtype: _log_sigmoid(s.B, s.T, s.H, s.K).to(dtype), True,
+        ("fla.ops.gla", "chunk_gla"),
+    ),
+}  # fmt: skip
+
+
+def make_inputs(op: Op, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """The op's arguments, and the gradient of its output."""
+    torch.manual_seed(0)
+    widths = (shape.K, shape.K, shape.V)
+    inputs = [torch.randn(shape.B, shape.T, shape.H, w, device="cuda", dtype=dtype) for w in widths]
+    output_gradient = torch.randn_like(inputs[2])
+    for x in inputs:
+        x.requires_grad_()
+    if op.decay is not None:
+        inputs.append(op.decay(shape, dtype).requires_grad_(op.decay_has_gradient))
+    return inputs, output_gradient
+
+
+def run(call: Callable[..., Any], inputs: list[Tensor], output_gradient: Tensor) -> list[Tensor]:
+    """The output and the gradient of every input that has one."""
+    output = call(*inputs)[0]
+    wanted = [x for x in inputs if x.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, wanted, output_gradient)]
+
+
+def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+    """Of the output and every gradient, on the first and the last head of the first sequence (all
+    are alike and apart)."""
+    inputs, output_gradient = make_inputs(op, shape, dtype)
+    results = run(op.call, inputs, output_gradient)
+    found = dict.fromkeys(["o", "dq", "dk", "dv", "dg"][: len(results)], 0.0)
+    for head in {0, shape.H - 1}:
+        part = slice(head, head + 1)
+
+        def cut(x: Tensor, part: slice = part) -> Tensor:
+            return x.detach()[part] if x.ndim == 1 else x.detach()[:1, :, part]
+
+        alone = [cut(x).double().requires_grad_(x.requires_grad) for x in inputs]
+        reference = run(
+            lambda *x: op.reference(*x, scale=shape.K**-0.5), alone, cut(output_gradient).double()
+        )
+        for name, result, truth in zip(found, results, reference, strict=True):
+            error = (cut(result).double() - truth).norm() / truth.norm()
+            found[name] = max(found[name], float("inf") if error.isnan() else error.item())
+    return found
+
+
+def measure(
+    call: Callable[..., Any], inputs: list[Tensor], output_gradient: Tensor
+) -> dict[str, float]:
+    """Medians of `do_bench`, which empties the L2 before each run, and the memory that forward and
+    backward take beyond the inputs."""
+
+    def both() -> list[Tensor]:
+        return run(call, inputs, output_gradient)
+
+    both()
+    with torch.no_grad():
+        forward = triton.testing.do_bench(lambda: call(*inputs), return_mode="median")
+    forward_backward = triton.testing.do_bench(both, return_mode="median")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    torch.cuda.synchronize()
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"forward_ms": forward, "forward_backward_ms": forward_backward, "peak_extra_mib": extra}
+
+
+def first_call_seconds(name: str, shape: Shape) -> float:
+    """Forward and backward in a fresh process with empty compilation caches; without the imports
+    and the start of CUDA."""
+    code = (
+        "import time, torch\nfrom fla_dist.benchmark.ops import *\n"
+        f"op, shape = OPS[{name!r}], {shape!r}\n"
+        "inputs, gradient = make_inputs(op, shape, torch.bfloat16)\ntorch.cuda.synchronize()\n"
+        "started = time.perf_counter()\nrun(op.call, inputs, gradient)\ntorch.cuda.synchronize()\n"
+        "print(time.perf_counter() - started)\n"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(result.stdout.split()[-1])
+
+
+def floor_ms(op: Op, shape: Shape, dtype: torch.dtype) -> float:
+    """Forward and backward: q, k, v, the decay and o once; then those, do, and the gradients
+    once."""
+    bandwidth, rate = RATES.get(torch.cuda.get_device_name(), RATES["NVIDIA H200"])
+    itemsize = torch.finfo(dtype).bits // 8
+    tokens = shape.B * shape.T * shape.H
+    decay = {"simple_gla": 4, "gla": itemsize * shape.K}.get(_name(op), 0)
+    forward = (2 * shape.K + 2 * shape.V) * itemsize + decay
+    backward = (2 * shape.K + 2 * shape.V + 2 * shape.K + shape.V) * itemsize + 2 * decay
+    flops = 2 * tokens * 3 * (2 * shape.K * shape.V)
+    return 1e3 * max(tokens * (forward + backward) / bandwidth, flops / rate)
+
+
+def _name(op: Op) -> str:
+    return next(name for name, other in OPS.items() if other is op)
+
+
+def peer_row(op: Op, inputs: list[Tensor], output_gradient: Tensor) -> dict[str, Any] | None:
+    """The same measurements of flash-linear-attention's op, or None where it is not installed."""
+    if op.peer is None or importlib.util.find_spec("fla") is None:
+        return None
+    module = importlib.import_module(op.peer[0])
+    call = getattr(module, op.peer[1])
+    from importlib.metadata import version
+
+    started = time.perf_counter()
+    run(call, inputs[:3] if _name(op) == "retention" else inputs, output_gradient)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    measured = measure(call, inputs[:3] if _name(op) == "retention" else inputs, output_gradient)
+    return {
+        "name": op.peer[1], "version": version("flash-linear-attention"), **measured,
+        "first_call_seconds": first
+    }  # fmt: skip
+
+
+def environment(command: str) -> dict[str, Any]:
+    def output(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                arguments, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": output("git", "rev-parse", "HEAD"),
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "peers": "flash-linear-attention" if importlib.util.find_spec("fla") else "none installed",
+    }
+
+
+def benchmark(names: list[str], shapes: tuple[Shape, ...], path: str, command: str) -> bool:
+    """Writes the rows that are right to `path` as they come, prints a table; False where an op was
+    refused."""
+    rows: list[dict[str, Any]] = []
+    refused = False
+    dtype = torch.bfloat16
+    print(f"{'op':18}{'B,T,H,K,V':24}{'forward':>9}{'fwd+bwd':>9}{'floor':>8}{'%':>5}", end="")
+    print(f"{'MiB':>7}{'first':>7}  error")
+    for shape in shapes:
+        for name in names:
+            op = OPS[name]
+            found = errors(op, shape, dtype)
+            torch.cuda.empty_cache()
+            label = ",".join(map(str, vars(shape).values()))
+            shown = " ".join(f"{key} {value:.1e}" for key, value in found.items())
+            if max(found.values()) > LIMITS[dtype]:
+                print(f"{name:18}{label:24} refused: {shown}", flush=True)
+                refused = True
+                continue
+            inputs, output_gradient = make_inputs(op, shape, dtype)
+            measured = measure(op.call, inputs, output_gradient)
+            first = first_call_seconds(name, shape)
+            floor = floor_ms(op, shape, dtype)
+            rows.append(
+                {"op": name, "shape": vars(shape), "dtype": "bf16", **measured,
+                "first_call_seconds": first,
+                 "floor_ms": floor, "errors": found, "peer": peer_row(op, inputs, output_gradient)}
+            )  # fmt: skip
+            total = measured["forward_backward_ms"]
+            percent, forward = 100 * floor / total, measured["forward_ms"]
+            print(
+                f"{name:18}{label:24}{forward:9.3f}{total:9.3f}{floor:8.3f}{percent:5.0f}", end=""
+            )
+            print(f"{measured['peak_extra_mib']:7.0f}{first:7.1f}  {shown}", flush=True)
+            with open(path, "w") as file:
+                json.dump({"environment": environment(command), "rows": rows}, file, indent=1)
+    return not refused

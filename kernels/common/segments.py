@@ -1,0 +1,126 @@
+"""Segments: how one process' slice is cut so that its stretches fill the GPU, and how they are
+joined there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_dist.kernels.state import LOCAL, Diagonal, Pending, Scan
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def segment_length(
+    batch: int, length: int, heads: int, chunk: int, programs: int, longest: int
+) -> int:
+    """Tokens of a segment: a multiple of the chunk, so that about `programs` of them run, one a
+    head, at most `longest`."""
+    wanted = -(-length * batch * heads // programs)
+    chunks = max(1, -(-min(wanted, longest, length) // chunk))
+    return chunk * chunks
+
+
+@triton.jit
+def negligible(EXACT: tl.constexpr):
+    """A chunk's decay below which a gradient through the chunk is less than the rounding of the
+    two that it is the difference of."""
+    return 5.9604645e-08 if EXACT else 0.00024414062
+
+
+@triton.jit
+def fold_kernel(
+    log_decay, state, initial, entries, final,
+    S, H, K, V,
+    decay_stride_b, decay_stride_s, decay_stride_h, decay_stride_k, decay_stride_v,
+    HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Entering states of S stretches, one after the other.
+
+    Grid: (blocks of a [H, K, V] state, B). One program owns BLOCK elements of the state in
+    registers and walks all stretches. Reads and writes each stretch's state once: bound by memory.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    size = (H * K * V).to(tl.int64)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    o_decay = (
+        (o // (K * V)) * decay_stride_h + (o // V % K) * decay_stride_k + (o % V) * decay_stride_v
+        + batch * decay_stride_b
+    )  # fmt: skip
+    b_state = tl.zeros([BLOCK], dtype=tl.float32)
+    if HAS_INITIAL:
+        b_state += tl.load(initial + batch * size + o, mask=mask, other=0.0)
+    for i in tl.range(0, S, num_stages=4):
+        s = S - 1 - i if REVERSE else i
+        at = (batch * S + s) * size + o
+        b_added = tl.load(state + at, mask=mask, other=0.0)
+        b_decay = tl.load(log_decay + o_decay + s * decay_stride_s, mask=mask, other=0.0)
+        tl.store(entries + at, b_state, mask=mask)
+        b_state = b_state * tl.exp2(b_decay * LOG2_E) + b_added
+    tl.store(final + batch * size + o, b_state, mask=mask)
+
+
+@torch.library.custom_op("fla_dist::fold", mutates_args=())
+def fold_op(
+    log_decay: Tensor, state: Tensor, initial: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`fla_dist.kernels.state.fold` for states [B, S, H, K, V] on the GPU."""
+    batch, count, heads, key_size, value_size = state.shape
+    entries, final = torch.empty_like(state), torch.empty_like(state[:, 0])
+    block = 512
+    fold_kernel[(triton.cdiv(heads * key_size * value_size, block), batch)](
+        log_decay, state, initial, entries, final,
+        count, heads, key_size, value_size, *log_decay.expand_as(state).stride(),
+        HAS_INITIAL=initial is not None, REVERSE=reverse, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return entries, final
+
+
+@fold_op.register_fake
+def _(
+    log_decay: Tensor, state: Tensor, initial: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state), torch.empty_like(state[:, 0])
+
+
+class _SegmentPending:
+    """A scan over the segments of one process: one launch, in `wait`."""
+
+    def __init__(
+        self, transition: Diagonal, state: Tensor, initial: Tensor | None, reverse: bool
+    ) -> None:
+        self.transition = transition
+        self._arguments: Any = (state, initial, reverse)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        state, initial, reverse = self._arguments
+        self._arguments = None
+        initial = None if initial is None else initial.contiguous()
+        return fold_op(self.transition.log_decay, state, initial, reverse)
+
+
+class _SegmentScan:
+    """`LOCAL` with its fold as one kernel."""
+
+    def start(
+        self,
+        transition: Diagonal,
+        state: Tensor,
+        initial: Tensor | None,
+        *,
+        reverse_of: Pending | None = None,
+    ) -> _SegmentPending:
+        return _SegmentPending(transition, state, initial, reverse_of is not None)
+
+
+_SEGMENTS = _SegmentScan()
+
+
+def on_gpu(scan: Scan) -> Scan:
+    """The scan to use for states on the GPU."""
+    return _SEGMENTS if scan is LOCAL else scan

@@ -1,0 +1,52 @@
+"""Launch settings of GLA's kernels, keyed by (compute capability, K, V) for 16-bit inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fla_dist.kernels.common.launch import Launch, padded
+
+CHECKED = {(torch.bfloat16, 128, 128)}
+"""(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
+SHORTEST = 512
+"""Tokens below which the decay's gradient is the reference's: see
+fla_dist.kernels.simple_gla.settings."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """chunk: tokens.  programs: as many as a launch needs to fill the GPU.  longest: tokens of a
+    segment at most."""
+
+    chunk: int
+    summarize: Launch
+    scores: Launch
+    value_walk: Launch
+    key_walk: Launch
+    pair_gradient: Launch
+    programs: int = 1024
+    longest: int = 1024
+
+
+TUNED: dict[tuple[int, int, int], Settings] = {}
+
+
+def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
+    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
+    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
+        return TUNED[capability, key_size, value_size]
+    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    if itemsize == 4:
+        launch = Launch(32 if wide <= 256 else 16, 4, 1)
+        return Settings(16, launch, launch, launch, launch, launch)
+    pairs = Launch(64, 4, 1)
+    if wide <= 128:
+        launch = Launch(64, 4, 2)
+        return Settings(64, launch, pairs, launch, launch, pairs)
+    if wide <= 256:
+        launch = Launch(64, 8, 1)
+        return Settings(64, launch, pairs, launch, launch, pairs)
+    launch = Launch(32, 8, 1)
+    return Settings(32, launch, pairs, launch, launch, pairs)

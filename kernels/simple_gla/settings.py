@@ -1,0 +1,57 @@
+"""Launch settings of simple GLA's kernels, keyed by (compute capability, K, V) for 16-bit
+inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fla_dist.kernels.common.launch import Launch, padded
+
+CHECKED = {
+    *((torch.bfloat16, k, v) for k, v in ((24, 40), (64, 128), (96, 160), (128, 128), (256, 256))),
+    (torch.float16, 128, 128),
+}
+"""(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
+serves others."""
+SHORTEST = 512
+"""Tokens below which the reference gives the decay's gradient, as it does a fixed decay's. Where
+the final state's gradient outweighs the outputs', what it gives the decays of the last chunk is the
+small difference of two large numbers that bf16 has rounded, and short sequences have no more.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """chunk: tokens.  output: of o and dv.  key_gradient: of dq and dk.  programs: as many as a
+    launch needs to fill the GPU. longest: tokens of a segment at most.
+    """
+
+    chunk: int
+    summarize: Launch
+    output: Launch
+    key_gradient: Launch
+    programs: int = 1024
+    longest: int = 1024
+
+
+TUNED: dict[tuple[int, int, int], Settings] = {
+    (90, 128, 128): Settings(64, Launch(128, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2)),
+}
+
+
+def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
+    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
+    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
+        return TUNED[capability, key_size, value_size]
+    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    if itemsize == 4:
+        chunk, launch = 32 if wide <= 64 else 16, Launch(32 if wide <= 256 else 16, 4, 1)
+    elif wide <= 128:
+        chunk, launch = 64, Launch(64, 4, 2)
+    elif wide <= 256:
+        chunk, launch = 64, Launch(64, 8, 1)
+    else:
+        chunk, launch = 32, Launch(32, 8, 1)
+    return Settings(chunk, launch, launch, launch)

@@ -1,0 +1,314 @@
+"""Kernels of simple GLA, forward and backward.
+
+With a scalar decay a head,
+every output and gradient is one of two sums over the pairs of tokens s <= t, D_ts = exp(G_t - G_s):
+
+    forward in time     o_t  = Σ D_ts (q_t·k_s) v_s        dq_t = Σ D_ts (do_t·v_s) k_s
+    backward in time    dv_s = Σ D_ts (k_s·q_t) do_t       dk_s = Σ D_ts (v_s·do_t) q_t
+
+each of the form Σ D (x·y) z. `output_kernel` computes any of them, walking the chunks of a segment
+with the running state Σ y zᵀ in registers; `summarize_kernel` computes a segment's state from
+zero. No state of a chunk is written to memory.
+
+Notation: B batch, T tokens, H heads, K and V head sizes; X, Z the sizes of x (and y) and of z; C
+tokens a chunk; S segments. q, k, v, o and gradients are [B, T, H, ·], their last axis contiguous;
+states are [B, S, H, K, V] fp32.
+`b_*` blocks in registers, `p_*` pointers, `o_*` offsets. A document reaches across chunks as
+kernels/common/documents.py says.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fla_dist.kernels.common.segments import LOG2_E, negligible
+
+NO_DECAY: tl.constexpr = tl.constexpr(0)
+HEAD_DECAY: tl.constexpr = tl.constexpr(1)
+TOKEN_DECAY: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def chunk_decay(
+    g, doc_ids, start, T, g_stride_t, head_decay,
+    C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What happens between the tokens of the chunk at `start`; g and doc_ids point to the
+    sequence's first token.
+
+    Returns: G [C] in log2, document [C], the decay from the chunk's start to each token [C] and
+    from each token to its end [C] (0 where a document start lies between), and the decay over the
+    whole chunk.
+    """
+    o_c = tl.arange(0, C)
+    valid = T - start
+    if DECAY == TOKEN_DECAY:
+        p_g = g + start.to(tl.int64) * g_stride_t + o_c * g_stride_t
+        b_g = tl.load(p_g, mask=o_c < valid, other=0.0).to(tl.float32) * LOG2_E
+        b_total = tl.sum(b_g, axis=0)
+        b_sum = tl.cumsum(b_g, axis=0)
+    else:
+        b_sum = (o_c + 1).to(tl.float32) * head_decay
+        b_total = tl.minimum(valid, C).to(tl.float32) * head_decay
+    b_from_start = tl.exp2(b_sum)
+    b_to_end = tl.exp2(tl.minimum(b_total - b_sum, 0.0))
+    b_through = tl.exp2(b_total)
+    b_document = o_c
+    if PACKED:
+        b_document = tl.load(doc_ids + start + tl.minimum(o_c, valid - 1))
+        before = tl.load(doc_ids + start - 1, mask=start > 0, other=0)
+        last = tl.load(doc_ids + start + tl.minimum(C, valid) - 1)
+        b_from_start = tl.where(b_document == before, b_from_start, 0.0)
+        b_to_end = tl.where(b_document == last, b_to_end, 0.0)
+        b_through = tl.where(last == before, b_through, 0.0)
+    return b_sum, b_document, b_from_start, b_to_end, b_through
+
+
+@triton.jit
+def pair_decay(b_sum, b_document, C: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr):
+    """D [C, C]: exp(G_t - G_s) for s <= t of one document, else 0; rows are t, or in reverse s."""
+    o_c = tl.arange(0, C)
+    if REVERSE:
+        b_pair = o_c[:, None] <= o_c[None, :]
+        b_exponent = b_sum[None, :] - b_sum[:, None]
+    else:
+        b_pair = o_c[:, None] >= o_c[None, :]
+        b_exponent = b_sum[:, None] - b_sum[None, :]
+    if PACKED:
+        b_pair = b_pair & (b_document[:, None] == b_document[None, :])
+    return tl.exp2(tl.where(b_pair, b_exponent, float("-inf")))
+
+
+@triton.jit
+def head_log2_decay(g, head, DECAY: tl.constexpr):
+    if DECAY == HEAD_DECAY:
+        return tl.load(g + head).to(tl.float32) * LOG2_E
+    return 0.0
+
+
+@triton.jit
+def summarize_kernel(
+    y, z, g, doc_ids, state, log_decay,
+    T, H, X, Z, segment, scale,
+    y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t, z_stride_h, g_stride_b, g_stride_t,
+    g_stride_h,
+    RESET: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state Σ y zᵀ that a segment's tokens leave at its end, or in reverse at its start.
+
+    Grid: (blocks of X times blocks of Z, S, B·H). One program owns [BX, BZ] of a segment's state.
+    Reads y and z once, writes one state a segment: bound by memory. Forward: also writes the
+    segment's log decay, RESET where a document starts in it.
+    """
+    blocks_z = tl.cdiv(Z, BZ)
+    block_x, block_z = tl.program_id(0) // blocks_z, tl.program_id(0) % blocks_z
+    segment_index, batch, head = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    first = segment_index * segment
+    end = tl.minimum(first + segment, T)
+    chunks = tl.cdiv(end - first, C)
+    o_c, o_x, o_z = (
+        tl.arange(0, C),
+        block_x * BX + tl.arange(0, BX),
+        block_z * BZ + tl.arange(0, BZ),
+    )
+    mask_x, mask_z = o_x < X, o_z < Z
+    y += batch.to(tl.int64) * y_stride_b + head.to(tl.int64) * y_stride_h
+    z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
+    head_decay = head_log2_decay(g, head, DECAY)
+    if DECAY == TOKEN_DECAY:
+        g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    if PACKED:
+        doc_ids += batch.to(tl.int64) * T
+
+    b_state = tl.zeros([BX, BZ], dtype=tl.float32)
+    for i in range(chunks):
+        start = first + (chunks - 1 - i if REVERSE else i) * C
+        mask_c = o_c < T - start
+        p_y = y + start.to(tl.int64) * y_stride_t + o_x[:, None] + o_c[None, :] * y_stride_t
+        p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_z[None, :]
+        b_y = tl.load(p_y, mask=mask_x[:, None] & mask_c[None, :], other=0.0)  # [BX, C]
+        b_z = tl.load(p_z, mask=mask_c[:, None] & mask_z[None, :], other=0.0)  # [C, BZ]
+        _, _, b_from_start, b_to_end, b_through = chunk_decay(
+            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
+        )
+        b_weight = b_from_start * scale if REVERSE else b_to_end * scale
+        b_z = (b_z * b_weight[:, None]).to(b_z.dtype)
+        b_state = tl.dot(b_y, b_z, b_state * b_through, input_precision=PRECISION)
+
+    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
+    p_state = state + stretch * X * Z + o_x[:, None] * Z + o_z[None, :]
+    tl.store(p_state, b_state, mask=mask_x[:, None] & mask_z[None, :])
+
+    if not REVERSE:
+        if tl.program_id(0) == 0:
+            total = (end - first).to(tl.float32) * head_decay
+            if DECAY == TOKEN_DECAY:
+                b_total = tl.zeros([C], dtype=tl.float32)
+                for start in range(first, end, C):
+                    p_g = g + (start + o_c).to(tl.int64) * g_stride_t
+                    b_total += tl.load(p_g, mask=start + o_c < end, other=0.0).to(tl.float32)
+                total = tl.sum(b_total, axis=0) * LOG2_E
+            if PACKED:
+                before = tl.load(doc_ids + first - 1, mask=first > 0, other=0)
+                if tl.load(doc_ids + end - 1) != before:
+                    total = RESET
+            tl.store(log_decay + stretch, total / LOG2_E)
+
+
+@triton.jit
+def output_kernel(
+    x, y, z, own, g, doc_ids, state, out, pair_sums, state_sums,
+    T, H, X, Z, segment, scale,
+    x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t,
+    z_stride_h,
+    own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h, state_stride_x,
+    state_stride_z,
+    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = scale · Σ D (x·y) z over the tokens of a segment and, through the state that enters
+    it, all before (or after) it.
+
+    Grid: (blocks of Z, S, B·H). One program owns [BX >= X, BZ] of a segment's running state. Reads
+    x and y once a block, z and the entering state once, writes out once. With SUMS it also writes
+    what the decay's gradient is made of: to `state_sums` what of Σ_Z own · out came through the
+    state, and in reverse to `pair_sums` what a token's pairs in its chunk gave it as the later of
+    the two less what they gave it as the earlier; one matrix gives both, so that they cancel where
+    they must.
+    """
+    block_z, segment_index = tl.program_id(0), tl.program_id(1)
+    batch, head = tl.program_id(2) // H, tl.program_id(2) % H
+    first = segment_index * segment
+    end = tl.minimum(first + segment, T)
+    chunks = tl.cdiv(end - first, C)
+    o_c, o_x, o_z = tl.arange(0, C), tl.arange(0, BX), block_z * BZ + tl.arange(0, BZ)
+    mask_x, mask_z = o_x < X, o_z < Z
+    x += batch.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
+    y += batch.to(tl.int64) * y_stride_b + head.to(tl.int64) * y_stride_h
+    z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
+    out += (batch.to(tl.int64) * T * H + head) * Z
+    head_decay = head_log2_decay(g, head, DECAY)
+    if DECAY == TOKEN_DECAY:
+        g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    if PACKED:
+        doc_ids += batch.to(tl.int64) * T
+    if SUMS:
+        own += batch.to(tl.int64) * own_stride_b + head.to(tl.int64) * own_stride_h
+        sums_block = block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+        pair_sums += sums_block * T
+        state_sums += sums_block * T
+
+    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
+    p_state = (
+        state + stretch * X * Z + o_x[:, None] * state_stride_x + o_z[None, :] * state_stride_z
+    )
+    b_state = tl.load(p_state, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
+
+    for i in range(chunks):
+        start = first + (chunks - 1 - i if REVERSE else i) * C
+        mask_c = o_c < T - start
+        mask_cx, mask_cz = mask_c[:, None] & mask_x[None, :], mask_c[:, None] & mask_z[None, :]
+        p_x = x + start.to(tl.int64) * x_stride_t + o_c[:, None] * x_stride_t + o_x[None, :]
+        p_y = y + start.to(tl.int64) * y_stride_t + o_c[:, None] * y_stride_t + o_x[None, :]
+        p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_z[None, :]
+        b_x = tl.load(p_x, mask=mask_cx, other=0.0)
+        b_y = tl.load(p_y, mask=mask_cx, other=0.0)
+        b_z = tl.load(p_z, mask=mask_cz, other=0.0)
+        b_sum, b_document, b_from_start, b_to_end, b_through = chunk_decay(
+            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
+        )
+        b_into = b_to_end if REVERSE else b_from_start * scale  # what of the state a token sees
+        b_out_of = b_from_start * scale if REVERSE else b_to_end  # what of a token the state sees
+        b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
+        b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
+        b_out = tl.dot(b_x, b_state.to(b_x.dtype), input_precision=PRECISION) * b_into[:, None]
+        if SUMS:
+            p_own = (
+                own + start.to(tl.int64) * own_stride_t + o_c[:, None] * own_stride_t + o_z[None, :]
+            )
+            b_own = tl.load(p_own, mask=mask_cz, other=0.0)
+            tl.store(
+                state_sums + start + o_c, tl.sum(b_own.to(tl.float32) * b_out, axis=1), mask=mask_c
+            )
+            if REVERSE:
+                b_amount = b_score * tl.dot(b_own, tl.trans(b_z), input_precision=PRECISION)
+                b_amount = tl.sum(b_amount, axis=0) - tl.sum(tl.trans(b_amount), axis=0)
+                tl.store(pair_sums + start + o_c, b_amount, mask=mask_c)
+        b_out = tl.dot(b_score.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+        p_out = out + start.to(tl.int64) * H * Z + o_c[:, None] * (H * Z) + o_z[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cz)
+        b_z = (b_z * b_out_of[:, None]).to(b_z.dtype)
+        b_state = tl.dot(tl.trans(b_y), b_z, b_state * b_through, input_precision=PRECISION)
+
+
+@triton.jit
+def decay_gradient_kernel(
+    query_state_sums, pair_sums, key_state_sums, g, doc_ids, entering, final, leaving_gradient, dg,
+    T, H, state_size, segment, query_blocks, key_blocks, g_stride_b, g_stride_t, g_stride_h,
+    C: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """dg_t: what every pair of tokens s < t <= t' gives the decay between them.
+
+    A pair gives q_t'·dq_t' and k_s·dk_s the same amount, and the decays between s and t' that
+    amount: of pairs inside the chunk the running sum, from the end, of the difference; of pairs
+    with s before the chunk that of q·dq; of pairs with t' after it the running sum, from the
+    start, of k·dk. Pairs across the whole chunk: <state, its gradient> at the chunk's end, less
+    what the chunk's own tokens have in it, and nothing where the chunk lets next to nothing
+    through.
+
+    Grid: (S, B·H). Reads the sums of the two walks and the segment's states: small.
+    """
+    segment_index, batch, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    segments = tl.num_programs(0)
+    first = segment_index * segment
+    end = tl.minimum(first + segment, T)
+    chunks = tl.cdiv(end - first, C)
+    o_c, o_s = tl.arange(0, C), tl.arange(0, BLOCK)
+    block_stride = tl.num_programs(1).to(tl.int64) * T
+    row = tl.program_id(1).to(tl.int64) * T
+    dg += batch.to(tl.int64) * T * H + head
+    head_decay = head_log2_decay(g, head, DECAY)
+    if DECAY == TOKEN_DECAY:
+        g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    if PACKED:
+        doc_ids += batch.to(tl.int64) * T
+
+    stretch = (batch.to(tl.int64) * segments + segment_index) * H + head
+    leaving_gradient += stretch * state_size
+    state = entering + (stretch + H) * state_size
+    if segment_index == segments - 1:
+        state = final + tl.program_id(1).to(tl.int64) * state_size
+    b_carry = tl.zeros([BLOCK], dtype=tl.float32)
+    for at in range(0, state_size, BLOCK):
+        mask = at + o_s < state_size
+        b_state = tl.load(state + at + o_s, mask=mask, other=0.0)
+        b_carry += b_state * tl.load(leaving_gradient + at + o_s, mask=mask, other=0.0)
+    carry = tl.sum(b_carry, axis=0)
+
+    for i in range(chunks):
+        start = first + (chunks - 1 - i) * C
+        mask_c = o_c < T - start
+        _, b_document, _, _, b_through = chunk_decay(
+            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
+        )
+        b_pair, b_before = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
+        b_after = tl.zeros([C], dtype=tl.float32)
+        for block in range(query_blocks):
+            o_sums = block * block_stride + row + start + o_c
+            b_before += tl.load(query_state_sums + o_sums, mask=mask_c, other=0.0)
+        for block in range(key_blocks):
+            o_sums = block * block_stride + row + start + o_c
+            b_pair += tl.load(pair_sums + o_sums, mask=mask_c, other=0.0)
+            b_after += tl.load(key_state_sums + o_sums, mask=mask_c, other=0.0)
+        across = tl.where(b_through > negligible(EXACT), carry - tl.sum(b_after, axis=0), 0.0)
+        b_amount = tl.where(
+            o_c[:, None] <= o_c[None, :], (b_pair + b_before)[None, :], b_after[None, :]
+        )
+        if PACKED:
+            b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
+        b_dg = tl.sum(b_amount, axis=1) + across
+        tl.store(dg + (start + o_c).to(tl.int64) * H, b_dg, mask=mask_c)
+        carry = across + tl.sum(b_before, axis=0)

@@ -1,0 +1,50 @@
+"""Benchmarks of the ops, and what their kernels take before they run.
+
+python launch/benchmark.py ops [--ops gla retention] [--shapes 2] [--output
+docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--all]
+python launch/benchmark.py data [--output docs/benchmarks/data_<machine>.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    from fla_dist.benchmark import data as data_pipeline
+
+    commands = parser.add_subparsers(dest="command", required=True)
+    ops = commands.add_parser("ops", help="time the ops on this machine's GPU")
+    ops.add_argument("--ops", nargs="+", default=None, help="default: all")
+    ops.add_argument("--shapes", type=int, default=None, help="only the first so many shapes")
+    ops.add_argument("--output", default=None, help="default: docs/benchmarks/ops_<gpu>.json")
+    check = commands.add_parser(
+        "compile-check", help="compile every kernel ahead of time, without a GPU"
+    )
+    check.add_argument("--all", action="store_true", help="more head sizes and dtypes (minutes)")
+    data_pipeline.add_arguments(commands.add_parser("data", help="time the data pipeline"))
+    arguments = parser.parse_args()
+    if arguments.command == "data":
+        return data_pipeline.run(arguments)
+    if arguments.command == "compile-check":
+        from fla_dist.benchmark.compile_cases import check_all
+
+        return 0 if check_all(thorough=arguments.all) else 1
+
+    import torch
+
+    from fla_dist.benchmark.ops import OPS, SHAPES, benchmark
+
+    gpu = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower()
+    path = arguments.output or f"docs/benchmarks/ops_{gpu}.json"
+    command = " ".join(["python", *sys.argv])
+    right = benchmark(arguments.ops or list(OPS), SHAPES[: arguments.shapes], path, command)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Simple GLA, retention and GLA on a GPU against the fp64 reference: `python -m
+tests.kernels.gpu.check_linear_attention [op ...]`.
+
+Calls the kernels themselves, also where the public op would choose the reference. Prints the
+largest error of every output and gradient by op, dtype and head size, and every case beyond the
+limit; runs each case twice and expects the same bits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.gla.op import SegmentedGLA
+from fla_dist.kernels.gla.reference import gla_chunked
+from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
+from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
+from fla_dist.kernels.state import LOCAL
+from tests.kernels.gradient_check import Case, errors, make_case, run
+
+LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+SIZES = ((128, 128), (64, 128), (24, 40), (256, 256), (256, 512))
+LENGTHS = (1, 15, 64, 100, 4133)
+OPS: dict[str, tuple[Any, Callable[..., tuple[Tensor, Tensor]]]] = {
+    "simple_gla": (SegmentedSimpleGLA, simple_gla_chunked),
+    "gla": (SegmentedGLA, gla_chunked),
+}
+
+
+def check(name: str, dtype: torch.dtype, key_size: int, value_size: int) -> bool:
+    kernels, reference = OPS[name]
+    scale = key_size**-0.5
+
+    def launch(c: Case) -> tuple[Tensor, Tensor]:
+        return kernels.apply(c.q, c.k, c.v, c.g, c.initial_state, c.doc_ids, scale, on_gpu(LOCAL))
+
+    def truth(c: Case) -> tuple[Tensor, Tensor]:
+        state, doc_ids = c.initial_state, c.doc_ids
+        return reference(c.q, c.k, c.v, c.g, scale=scale, initial_state=state, doc_ids=doc_ids)
+
+    worst: dict[str, float] = {}
+    fine = True
+    for length in LENGTHS:
+        for decay in ("normal", "strong", "mixed"):
+            for packed in (False, True):
+                shape = (2, length, 2, key_size, value_size)
+                case = make_case(
+                    shape, decay, packed=packed, dtype=dtype, device="cuda", vector=name == "gla"
+                )
+                result, again = run(launch, case), run(launch, case)
+                found = errors(result, run(truth, case, torch.float64))
+                same = all(torch.equal(result[key], again[key]) for key in result)
+                beyond = {key: value for key, value in found.items() if value > LIMITS[dtype]}
+                if beyond or not same:
+                    print(
+                        "  beyond the limit:",
+                        length,
+                        decay,
+                        "packed" if packed else "",
+                        beyond,
+                        same,
+                    )
+                    fine = False
+                worst = {key: max(value, worst.get(key, 0.0)) for key, value in found.items()} | {
+                    key: value for key, value in worst.items() if key not in found
+                }
+    print(
+        name,
+        dtype,
+        key_size,
+        value_size,
+        {key: f"{value:.1e}" for key, value in worst.items()},
+        flush=True,
+    )
+    return fine
+
+
+def main() -> int:
+    fine = True
+    for name in sys.argv[1:] or OPS:
+        for key_size, value_size in SIZES:
+            for dtype in LIMITS:
+                fine = check(name, dtype, key_size, value_size) and fine
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
