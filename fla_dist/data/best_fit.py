@@ -122,7 +122,7 @@ class BestFitOrder(Order):
             sizes = begins[document + 1 :] - begins[document]  # up to each document's end
             taken = min(int(np.searchsorted(sizes, missing)) + 1, len(sizes))
             empty_units = 0 if len(sizes) and sizes[-1] > 0 else empty_units + 1
-            if empty_units > units:
+            if empty_units > 2 * units:  # two epochs may put theirs end to end
                 raise SourceTooSmall(source, 0)
             numbers.append(np.full(taken, number))
             starts.append(begins[document : document + taken])
