@@ -54,7 +54,7 @@ def summarize_gradient_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    mask_d, mask_n = ((o_d < D) | EVEN).to(tl.int1), ((o_n < N) | EVEN).to(tl.int1)
+    mask_d, mask_n = (o_d < D) | EVEN, (o_n < N) | EVEN
     o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
     dt += i_b * dt_stride_b + o_d
     dy += i_b * dy_stride_b + o_d
@@ -70,12 +70,12 @@ def summarize_gradient_kernel(
         p_C, p_reset = C + last * N, reset + last
         b_dt, b_dy, b_C = (), (), ()
         for i in tl.static_range(UNROLL):
-            inside = ((last - i < T) | EVEN).to(tl.int1)
+            inside = (last - i < T) | EVEN
             b_dt += (load_channels(p_dt - i * dt_stride_t, mask_d & inside),)
             b_dy += (load_channels(p_dy - i * dy_stride_t, mask_d & inside),)
             b_C += (load_states(p_C - i * N, mask_n & inside),)
         for i in tl.static_range(UNROLL):
-            inside = ((last - i < T) | EVEN).to(tl.int1)
+            inside = (last - i < T) | EVEN
             b_a = decay(b_dt[i], b_rate, p_reset - i, inside, PACKED)
             b_e = b_a * (b_e + b_dy[i] * b_C[i])
     tl.store(state + (i_b * tl.num_programs(1) + i_s) * D * N + o_dn, b_e, mask=mask)
@@ -102,7 +102,7 @@ def backward_kernel(
     group, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(0)
     o_n, o_h = tl.arange(0, BN), tl.arange(0, H)
-    mask_n = ((o_n < N) | EVEN).to(tl.int1)
+    mask_n = (o_n < N) | EVEN
     x += i_b * x_stride_b
     dt += i_b * dt_stride_b
     dy += i_b * dy_stride_b
@@ -120,7 +120,7 @@ def backward_kernel(
     for i_d in range(group, tl.cdiv(D, BD), groups):
         adds = i_d > group
         o_d = i_d * BD + tl.arange(0, BD)
-        mask_d = ((o_d < D) | EVEN).to(tl.int1)
+        mask_d = (o_d < D) | EVEN
         o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
         b_rate = tl.load(rate + o_dn, mask=mask, other=0.0)
         b_e = tl.load(leaving + stretch * D * N + o_dn, mask=mask, other=0.0)
@@ -135,11 +135,11 @@ def backward_kernel(
             p_B, p_C = B + start * N, C + start * N
             b_x, b_dt, b_dy = (), (), ()
             for i in tl.static_range(H):
-                mask_i = mask_d & (((start + i < T) | EVEN).to(tl.int1))
+                mask_i = mask_d & ((start + i < T) | EVEN)
                 b_x += (tl.load(p_x + i * x_stride_t, mask=mask_i, other=0.0),)
                 b_dt += (tl.load(p_dt + i * dt_stride_t, mask=mask_i, other=0.0),)
                 b_dy += (tl.load(p_dy + i * dy_stride_t, mask=mask_i, other=0.0),)
-            inside_h = ((start + o_h < T) | EVEN).to(tl.int1)
+            inside_h = (start + o_h < T) | EVEN
             mask_hn = inside_h[:, None] & mask_n[None, :]
             mask_dh = mask_d[:, None] & inside_h[None, :]
             o_hn = start * N + o_h[:, None] * N + o_n[None, :]
@@ -156,7 +156,7 @@ def backward_kernel(
                     b_h = b_a * b_h + b_u * load_states(B + (before + i) * N, mask_n)
             b_states = (b_h,)
             for i in tl.static_range(H):
-                inside = ((start + i < T) | EVEN).to(tl.int1)
+                inside = (start + i < T) | EVEN
                 b_step = b_dt[i].to(tl.float32)[:, None]
                 b_u = b_step * b_x[i].to(tl.float32)[:, None]
                 b_a = decay(b_step, b_rate, p_reset + i, inside, PACKED)
@@ -164,7 +164,7 @@ def backward_kernel(
                 b_states += (b_h,)
 
             for j in tl.static_range(1, H + 1):
-                inside = ((start + H - j < T) | EVEN).to(tl.int1)
+                inside = (start + H - j < T) | EVEN
                 b_step = b_dt[H - j].to(tl.float32)[:, None]
                 b_input = b_x[H - j].to(tl.float32)[:, None]
                 b_out = b_dy[H - j].to(tl.float32)[:, None]

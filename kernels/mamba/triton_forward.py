@@ -74,7 +74,7 @@ def summarize_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    mask_d, mask_n = ((o_d < D) | EVEN).to(tl.int1), ((o_n < N) | EVEN).to(tl.int1)
+    mask_d, mask_n = (o_d < D) | EVEN, (o_n < N) | EVEN
     o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
     x += i_b * x_stride_b + o_d
     dt += i_b * dt_stride_b + o_d
@@ -90,12 +90,12 @@ def summarize_kernel(
         p_B, p_reset = B + start * N, reset + start
         b_x, b_dt, b_B = (), (), ()
         for i in tl.static_range(UNROLL):
-            inside = ((start + i < T) | EVEN).to(tl.int1)
+            inside = (start + i < T) | EVEN
             b_x += (load_channels(p_x + i * x_stride_t, mask_d & inside),)
             b_dt += (load_channels(p_dt + i * dt_stride_t, mask_d & inside),)
             b_B += (load_states(p_B + i * N, mask_n & inside),)
         for i in tl.static_range(UNROLL):
-            inside = ((start + i < T) | EVEN).to(tl.int1)
+            inside = (start + i < T) | EVEN
             b_total += b_dt[i]
             b_a = decay(b_dt[i], b_rate, p_reset + i, inside, PACKED)
             b_h = b_a * b_h + (b_dt[i] * b_x[i]) * b_B[i]
@@ -155,7 +155,7 @@ def output_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    mask_d, mask_n = ((o_d < D) | EVEN).to(tl.int1), ((o_n < N) | EVEN).to(tl.int1)
+    mask_d, mask_n = (o_d < D) | EVEN, (o_n < N) | EVEN
     o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
     x += i_b * x_stride_b + o_d
     dt += i_b * dt_stride_b + o_d
@@ -175,7 +175,7 @@ def output_kernel(
         p_B, p_C, p_reset = B + start * N, C + start * N, reset + start
         b_x, b_dt, b_B, b_C = (), (), (), ()
         for i in tl.static_range(UNROLL):
-            inside = ((start + i < T) | EVEN).to(tl.int1)
+            inside = (start + i < T) | EVEN
             b_x += (load_channels(p_x + i * x_stride_t, mask_d & inside),)
             b_dt += (load_channels(p_dt + i * dt_stride_t, mask_d & inside),)
             b_B += (load_states(p_B + i * N, mask_n & inside),)
@@ -186,11 +186,11 @@ def output_kernel(
                 p_checkpoint = checkpoints + (start // L) * D * BN + checkpoint_offsets(o_d, o_n, D)
                 tl.store(p_checkpoint, b_h.to(checkpoints.dtype.element_ty), mask=mask)
         for i in tl.static_range(UNROLL):
-            inside = ((start + i < T) | EVEN).to(tl.int1)
+            inside = (start + i < T) | EVEN
             b_a = decay(b_dt[i], b_rate, p_reset + i, inside, PACKED)
             b_h = b_a * b_h + (b_dt[i] * b_x[i]) * b_B[i]
             b_y = tl.where(o_u[None, :] == i, tl.sum(b_h * b_C[i], axis=1)[:, None], b_y)
-        mask_y = mask_d[:, None] & (((start + o_u < T) | EVEN).to(tl.int1))[None, :]
+        mask_y = mask_d[:, None] & ((start + o_u < T) | EVEN)[None, :]
         tl.store(p_y + o_u[None, :] * D, b_y.to(y.dtype.element_ty), mask=mask_y)
 
 
