@@ -3,11 +3,6 @@ there is no GPU, in every dtype where there is one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +10,9 @@ from torch import Tensor
 from fla_dist.kernels.mamba.op import segmented_selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_recurrent
 from fla_dist.kernels.state import LOCAL
+from tests.kernels.interpreter import interpreted, run_interpreted
 from tests.packing import doc_ids_of, positions_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = ("y", "final", "dx", "ddt", "dA", "dB", "dC", "dinitial")
 
@@ -78,21 +73,10 @@ def over_ranks(*tensors, **keywords):
 
 
 def test_in_the_interpreter() -> None:
-    """In a process of its own: the interpreter is chosen when triton is imported."""
-    if INTERPRETED:
-        pytest.skip("is what runs")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command,
-        env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+@interpreted
 @pytest.mark.parametrize(
     ("length", "channels", "size", "decay", "packed", "state"),
     [
