@@ -15,9 +15,14 @@ from fla_dist.kernels.mamba.triton_backward import backward, summarize_gradient
 from fla_dist.kernels.mamba.triton_forward import LOG2_E, fold, output, summarize
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, Scan
 
-LARGEST_STATE = 16
-"""N up to which the kernels were checked on a GPU, with x and dt of one dtype. They are written for
-any N and for dt in fp32 beside x in bf16; those go to the reference until they were checked too."""
+LARGEST_STATE = 64
+"""N up to which the kernels were checked on a GPU (compute capability 9.0)."""
+
+
+def _has_kernels(x: Tensor, dt: Tensor, size: int) -> bool:
+    """Whether the kernels were checked for these arguments; the reference serves the others."""
+    dtypes = dt.dtype == x.dtype or (x.dtype, dt.dtype) == (torch.bfloat16, torch.float32)
+    return capability(x) == 90 and x.dtype != torch.float64 and dtypes and size <= LARGEST_STATE
 
 
 class SegmentedSelectiveScan(torch.autograd.Function):
@@ -141,8 +146,7 @@ def selective_scan(
     check("selective_scan", "C", C, (batch, length, size), x)
     check("selective_scan", "initial_state", initial_state, (batch, channels, size), x)
     check("selective_scan", "doc_ids", doc_ids, (batch, length), x)
-    checked = x.dtype == dt.dtype != torch.float64 and size <= LARGEST_STATE
-    if capability(x) == 90 and checked:
+    if _has_kernels(x, dt, size):
         return segmented_selective_scan(
             x, dt, A, B, C, initial_state=initial_state, doc_ids=doc_ids, scan=scan
         )
