@@ -6,17 +6,19 @@ it by
     S_out = A S_in + B.
 
 A chunk, a segment of one GPU's slice and the slice of one rank are such stretches at three sizes
-and compose by the same rule. An op summarizes its stretches, starts a *scan* over them, does what
-needs no incoming state, and then waits for the state that enters each stretch. `LOCAL` joins the
-stretches of one process; `fla_dist.parallel.state_scan` joins those of all ranks.
+and compose by the same rule. `Diagonal` and `Dense` are the two kinds of A. An op summarizes its
+stretches, starts a *scan* over them, does what needs no incoming state, and then waits for the
+state that enters each stretch. `LOCAL` joins the stretches of one process;
+`fla_dist.parallel.state_scan` joins those of all ranks.
 
 Shapes: B batch, S stretches in the order of time, `...` the state (for instance H, K, V).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,19 +41,118 @@ class Diagonal:
     log_decay: Tensor
     rate: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        return self.log_decay, self.rate
+
+    @property
+    def sent(self) -> Tensor:
+        """What another rank must be told of it."""
+        return self.log_decay
+
+    def with_sent(self, log_decay: Tensor) -> Diagonal:
+        return Diagonal(log_decay, self.rate)
+
     def factor(self) -> Tensor:
         exponent = self.log_decay if self.rate is None else self.log_decay * self.rate
         return exponent.exp()
+
+    @staticmethod
+    def act(factor: Tensor, state: Tensor, *, transposed: bool) -> Tensor:
+        return factor * state
 
     def total(self) -> Diagonal:
         """All stretches composed into one, [B, 1, ...]."""
         return Diagonal(self.log_decay.sum(dim=1, keepdim=True), self.rate)
 
+    def gradients(self, leaving: Tensor, entering: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of `tensors` from those of the leaving states and the entering states."""
+        exponent = leaving * self.factor() * entering
+        if self.rate is None:
+            return exponent.sum_to_size(self.log_decay.shape), None
+        return (
+            (exponent * self.rate).sum_to_size(self.log_decay.shape),
+            (exponent * self.log_decay).sum_to_size(self.rate.shape),
+        )
+
+    def rows(self, state: Tensor) -> tuple[Diagonal, Tensor]:
+        """One stretch with its state [B, 1, ...] as R independent rows with one log decay each:
+        log_decay [1, 1, R, 1], rate [R, C], state [1, 1, R, C]."""
+        log_decay = self.log_decay
+        depth = max(
+            (axis + 1 for axis in range(2, state.ndim) if log_decay.shape[axis] > 1), default=2
+        )
+        rows = state.shape[0] * math.prod(state.shape[2:depth])
+        log_decay = log_decay.expand(*state.shape[:depth], *log_decay.shape[depth:])
+        rate = self.rate
+        if rate is not None:
+            rate = rate.expand(state.shape[0], *state.shape[2:]).reshape(rows, -1)
+        return Diagonal(log_decay.reshape(1, 1, rows, 1), rate), state.reshape(1, 1, rows, -1)
+
+    def of_rows(self, part: slice) -> Diagonal:
+        """Some of the rows that `rows` made."""
+        rate = None if self.rate is None else self.rate[part]
+        return Diagonal(self.log_decay[:, :, part], rate)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The transition S -> matrix S of each stretch (delta rules).
+
+    Args:
+        matrix: [B, S, ..., K, K], with states [B, S, ..., K, V]; zeros where a document starts.
+    """
+
+    matrix: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, None]:
+        return self.matrix, None
+
+    @property
+    def sent(self) -> Tensor:
+        return self.matrix
+
+    def with_sent(self, matrix: Tensor) -> Dense:
+        return Dense(matrix)
+
+    def factor(self) -> Tensor:
+        return self.matrix
+
+    @staticmethod
+    def act(factor: Tensor, state: Tensor, *, transposed: bool) -> Tensor:
+        return (factor.mT if transposed else factor) @ state
+
+    def total(self) -> Dense:
+        """All stretches composed into one, [B, 1, ..., K, K]: the last one leftmost."""
+        product, *others = self.matrix.unbind(dim=1)
+        for matrix in others:
+            product = matrix @ product
+        return Dense(product.unsqueeze(1))
+
+    def gradients(self, leaving: Tensor, entering: Tensor) -> tuple[Tensor, None]:
+        return (leaving @ entering.mT).sum_to_size(self.matrix.shape), None
+
+    def rows(self, state: Tensor) -> tuple[Dense, Tensor]:
+        """One stretch with its state [B, 1, ..., K, V] as R independent rows: matrix
+        [1, 1, R, K, K], state [1, 1, R, K, V]."""
+        matrix = self.matrix.expand(*state.shape[:-2], *self.matrix.shape[-2:])
+        return (
+            Dense(matrix.reshape(1, 1, -1, *matrix.shape[-2:])),
+            state.reshape(1, 1, -1, *state.shape[-2:]),
+        )
+
+    def of_rows(self, part: slice) -> Dense:
+        return Dense(self.matrix[:, :, part])
+
+
+Transition: TypeAlias = "Diagonal | Dense"
+
 
 class Pending(Protocol):
     """A scan under way. After `wait` it keeps the transitions only, for the reverse scan."""
 
-    transition: Diagonal
+    transition: Transition
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Entering states of every stretch [B, S, ...], and the state after the last one [B, ...].
@@ -66,7 +167,7 @@ class Scan(Protocol):
 
     def start(
         self,
-        transition: Diagonal,
+        transition: Transition,
         state: Tensor,
         initial: Tensor | None,
         *,
@@ -86,7 +187,7 @@ class Scan(Protocol):
 
 
 def fold(
-    transition: Diagonal, state: Tensor, entering: Tensor, *, reverse: bool
+    transition: Transition, state: Tensor, entering: Tensor, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Entering states of every stretch [B, S, ...] and the state after the last, one stretch after
     the other."""
@@ -95,7 +196,8 @@ def fold(
     entries: list[Tensor] = [entering] * count
     for index in reversed(range(count)) if reverse else range(count):
         entries[index] = entering
-        entering = factor[:, index] * entering + state[:, index]
+        passed = transition.act(factor[:, index], entering, transposed=reverse)
+        entering = passed + state[:, index]
     return torch.stack(entries, dim=1), entering
 
 
@@ -103,7 +205,7 @@ class LocalPending:
     """A scan over the stretches of one process; the work is done in `wait`."""
 
     def __init__(
-        self, transition: Diagonal, state: Tensor, initial: Tensor | None, reverse: bool
+        self, transition: Transition, state: Tensor, initial: Tensor | None, reverse: bool
     ) -> None:
         self.transition = transition
         self._arguments: Any = (state, initial, reverse)
@@ -120,7 +222,7 @@ class LocalScan:
 
     def start(
         self,
-        transition: Diagonal,
+        transition: Transition,
         state: Tensor,
         initial: Tensor | None,
         *,
@@ -141,12 +243,10 @@ class JoinedStates:
     """
 
     def __init__(
-        self, scan: Scan, transition: Diagonal, state: Tensor, initial: Tensor | None
+        self, scan: Scan, transition: Transition, state: Tensor, initial: Tensor | None
     ) -> None:
-        self._link = _Link(scan)
-        self._token = _Start.apply(
-            self._link, transition.log_decay, transition.rate, state, initial
-        )
+        self._link = _Link(scan, type(transition))
+        self._token = _Start.apply(self._link, *transition.tensors, state, initial)
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Entering states of every stretch [B, S, ...], and the state after this process' last one
@@ -158,39 +258,36 @@ class _Link:
     """What the two ends of a scan tell each other. It holds no tensor that the two made: one whose
     grad_fn leads back here would be a cycle that is never freed."""
 
-    def __init__(self, scan: Scan) -> None:
+    def __init__(self, scan: Scan, kind: type[Transition]) -> None:
         self.scan = scan
+        self.kind = kind
         self.pending: Any = None
         self.reverse: Any = None
         self.entries: Tensor | None = None
 
+    def transition(self, first: Tensor, second: Tensor | None) -> Any:
+        return Dense(first) if self.kind is Dense else Diagonal(first, second)
+
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, link, log_decay, rate, state, initial):
+    def forward(ctx, link, first, second, state, initial):
         ctx.link = link
         ctx.has_initial = initial is not None
-        ctx.save_for_backward(log_decay, rate)
-        link.pending = link.scan.start(Diagonal(log_decay, rate), state, initial)
+        ctx.save_for_backward(first, second)
+        link.pending = link.scan.start(link.transition(first, second), state, initial)
         return state.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        log_decay, rate = ctx.saved_tensors
         link = ctx.link
         leaving_gradients, initial_gradient = link.reverse.wait()
-        factor = Diagonal(log_decay, rate).factor()
-        exponent_gradient = leaving_gradients * factor * link.entries
+        transition = link.transition(*ctx.saved_tensors)
+        gradients = transition.gradients(leaving_gradients, link.entries)
         link.reverse = link.entries = None
-        if rate is None:
-            log_decay_gradient, rate_gradient = exponent_gradient, None
-        else:
-            log_decay_gradient = exponent_gradient * rate
-            rate_gradient = (exponent_gradient * log_decay).sum_to_size(rate.shape)
         return (
             None,
-            log_decay_gradient.sum_to_size(log_decay.shape),
-            rate_gradient,
+            *gradients,
             leaving_gradients,
             initial_gradient if ctx.has_initial else None,
         )
