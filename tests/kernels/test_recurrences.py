@@ -12,10 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla_dist.kernels.delta_rule.reference import delta_rule_chunked, delta_rule_recurrent
+from fla_dist.kernels.gated_delta_rule import gated_delta_rule
+from fla_dist.kernels.gated_delta_rule.reference import (
+    gated_delta_rule_chunked,
+    gated_delta_rule_recurrent,
+)
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
+from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
 from fla_dist.kernels.state import LocalScan
 from tests.packing import doc_ids_of, positions_of
 
@@ -26,6 +35,28 @@ TOLERANCE = 1e-12
 def gla_inputs(length: int, decay: float) -> list[Tensor]:
     q, k, v = (torch.randn(2, length, 2, size) for size in (5, 5, 7))
     return [q, k, v, -decay * torch.rand(2, length, 2, 5), torch.randn(2, 2, 5, 7)]
+
+
+def delta_inputs(length: int, decay: float) -> list[Tensor]:
+    """Keys of length 1, beta up to 2, and every third key nearly that of the token before."""
+    q, k, v, g, state = gla_inputs(length, decay)
+    k[:, 2::3] = k[:, 1 : length - 1 : 3] + 1e-3 * k[:, 2::3]
+    return [q, F.normalize(k, dim=-1), v, g, 2 * torch.rand(2, length, 2), state]
+
+
+def delta_rule_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v, _, beta, state = delta_inputs(length, decay)
+    return [q, k, v, beta, state]
+
+
+def gated_delta_rule_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v, g, beta, state = delta_inputs(length, decay)
+    return [q, k, v, g[..., 0], beta, state]
+
+
+def rwkv7_inputs(length: int, decay: float) -> list[Tensor]:
+    r, a, v, g, beta, state = delta_inputs(length, decay)
+    return [r, g, torch.randn_like(r), v, -a, a * (beta / 2)[..., None], state]
 
 
 def mamba_inputs(length: int, decay: float) -> list[Tensor]:
@@ -46,9 +77,30 @@ def mamba_form(
     return function(*tensors, initial_state=state, doc_ids=doc_ids)
 
 
+def simple_gla_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v, g, state = gla_inputs(length, decay)
+    return [q, k, v, g[..., 0], state]
+
+
+def retention_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v, _, state = gla_inputs(length, decay)
+    return [q, k, v, -decay * torch.rand(2), state]
+
+
 FAMILIES = {
+    "delta_rule": (delta_rule_inputs, gla_form, delta_rule_recurrent, delta_rule_chunked),
+    "gated_delta_rule": (
+        gated_delta_rule_inputs,
+        gla_form,
+        gated_delta_rule_recurrent,
+        gated_delta_rule_chunked,
+    ),
+    "kda": (delta_inputs, gla_form, kda_recurrent, kda_chunked),
+    "rwkv7": (rwkv7_inputs, gla_form, rwkv7_recurrent, rwkv7_chunked),
     "gla": (gla_inputs, gla_form, gla_recurrent, gla_chunked),
     "mamba": (mamba_inputs, mamba_form, selective_scan_recurrent, selective_scan_chunked),
+    "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
+    "simple_gla": (simple_gla_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
 }
 
 
@@ -132,6 +184,17 @@ def test_split_stream_equals_whole() -> None:
         head, second[-1] = form(chunked, *first, doc_ids=None)
         tail, last = form(chunked, *second, doc_ids=None)
         assert_close([torch.cat([head, tail], dim=1), last], [whole, final])
+
+
+def test_gated_delta_rule_shares_keys_among_value_heads() -> None:
+    q, k, _, _, _, _ = delta_inputs(20, 0.5)
+    v, g, beta = torch.randn(2, 20, 6, 7), -torch.rand(2, 20, 6), torch.rand(2, 20, 6)
+    got = gated_delta_rule(q, k, v, g, beta)
+    q, k = (x[:, :, [0, 0, 0, 1, 1, 1]] for x in (q, k))
+    expected = gated_delta_rule_recurrent(q, k, v, g, beta, scale=5**-0.5)
+    assert_close(list(got), list(expected))
+    with pytest.raises(ValueError, match="v has 5 heads, expected a multiple of q's 2"):
+        gated_delta_rule(q[:, :, :2], k[:, :, :2], v[:, :, :5], g[:, :, :5], beta[:, :, :5])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+from fla_dist.kernels.kda.op import kda
+
+__all__ = ["kda"]
