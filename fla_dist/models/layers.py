@@ -1,11 +1,18 @@
-"""What blocks and mixers are made of: the norm, the feed-forward layer, the mark of what stays
-fp32."""
+"""What blocks and mixers are made of: norms, the feed-forward layer, the short convolution, the
+mark of what stays fp32."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fla_dist.kernels.short_convolution import short_convolution
+from fla_dist.models.stream import Stream
+
+TIME_STEP_MIN, TIME_STEP_MAX = 1e-3, 0.1
 
 
 def keep_fp32(parameter: nn.Parameter) -> nn.Parameter:
@@ -13,6 +20,27 @@ def keep_fp32(parameter: nn.Parameter) -> nn.Parameter:
     parameter._keep_fp32 = True  # type: ignore[attr-defined]
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
+
+
+def time_step_bias_(bias: Tensor) -> None:
+    """Fills the bias of a softplus so that it gives time steps log-uniform in [1e-3, 0.1]
+    (arXiv:2312.00752)."""
+    log_min, log_max = math.log(TIME_STEP_MIN), math.log(TIME_STEP_MAX)
+    step = torch.empty(bias.shape).uniform_(log_min, log_max).exp()
+    with torch.no_grad():
+        bias.copy_(step + (-(-step).expm1()).log())  # softplus⁻¹
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last axis, the sum in fp32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def token_shift(x: Tensor, stream: Stream) -> Tensor:
+    """Each token's predecessor in its document, zeros for the first: [B, T, D] to the same."""
+    before = torch.cat([stream.before("token", x, 1), x[:, :-1]], dim=1)
+    return before.masked_fill((stream.positions == 0)[..., None], 0)
 
 
 class RMSNorm(nn.Module):
@@ -40,3 +68,25 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.output(F.silu(gate) * up)
+
+
+class ShortConvolution(nn.Module):
+    """silu of a depthwise causal convolution over time, inside documents: [B, T, D] to the same."""
+
+    def __init__(self, channels: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        left = stream.before("convolution", x, self.weight.shape[1] - 1)
+        y = short_convolution(
+            x, self.weight, self.bias, left_context=left, positions=stream.positions
+        )
+        return F.silu(y).to(x.dtype)
+
+    def initialize(self) -> None:
+        """Uniform in ±1/√width, as torch's own convolutions."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
