@@ -1,10 +1,12 @@
-"""One block, [norm, mixer, norm, mlp] around the residual stream, and what of it is kept for the
-backward."""
+"""One block, [norm, mixer, norm, mlp] around the residual stream: how it is compiled, and what of
+it is kept for the backward."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +19,22 @@ from torch.utils.checkpoint import (
 from fla_dist.models.layers import RMSNorm, SwiGLU
 from fla_dist.models.mixers import Mixer
 from fla_dist.models.stream import Stream
-from fla_dist.parallel.exchange import ReplayedExchange
+from fla_dist.parallel.exchange import LocalExchange, ReplayedExchange
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    Activation checkpointing: `selective` keeps the mixer's activations and the MLP's matrix
-        products, and
-    recomputes the MLP's pointwise work; `full` keeps the block's input and what came from other
-    ranks.
+    Args:
+        activation_checkpointing: `selective` keeps the block's input and what its scans,
+            convolutions and attention computed, and recomputes the rest, matrix products included;
+            `full` keeps the input only. What came from other ranks is kept by both.
+        compiled: in training the block runs through torch.compile, one graph for all blocks of a
+            kind; its backward recomputes pointwise work by itself. Blocks that keep activations
+            selectively run as they are where the sequence is divided over ranks.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Block(nn.Module):
         mixer: Mixer,
         norm_eps: float,
         activation_checkpointing: ActivationCheckpointing,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(hidden_size, norm_eps)
@@ -45,35 +52,80 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden_size, norm_eps)
         self.mlp = SwiGLU(hidden_size, intermediate_size)
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = compiled
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return self._mlp(self._mixer(x, stream))
+            return self._whole(x, stream)
+        whole = _compiled(Block._whole) if self.compiled else Block._whole
+        if self.activation_checkpointing == "none":
+            return whole(self, x, stream)
+        alone = isinstance(stream.exchange, LocalExchange)
         if self.activation_checkpointing == "full":
+            if alone:
+                return _checkpointed(whole, self, x, stream)
             replayed = ReplayedExchange(stream.exchange)
-            return checkpoint(
-                self._whole,
-                x,
-                stream.with_exchange(replayed),
-                use_reentrant=False,
-                context_fn=replayed.contexts,
+            return _checkpointed(
+                whole, self, x, stream.with_exchange(replayed), context_fn=replayed.contexts
             )
-        x = self._mixer(x, stream)
-        if self.activation_checkpointing == "selective":
-            keep_products = partial(create_selective_checkpoint_contexts, _policy)
-            return checkpoint(self._mlp, x, use_reentrant=False, context_fn=keep_products)
-        return self._mlp(x)
+        if alone:
+            selective = _compiled(Block._selective) if self.compiled else Block._selective
+            return selective(self, x, stream)
+        replayed = ReplayedExchange(stream.exchange)
+        return _checkpointed(
+            Block._whole,
+            self,
+            x,
+            stream.with_exchange(replayed),
+            context_fn=lambda: _both(replayed.contexts(), keep_kernels()),
+        )
 
     def _whole(self, x: Tensor, stream: Stream) -> Tensor:
-        return self._mlp(self._mixer(x, stream))
-
-    def _mixer(self, x: Tensor, stream: Stream) -> Tensor:
-        return x + self.mixer(self.mixer_norm(x), stream)
-
-    def _mlp(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), stream)
         return x + self.mlp(self.mlp_norm(x))
 
+    def _selective(self, x: Tensor, stream: Stream) -> Tensor:
+        return _checkpointed(Block._whole, self, x, stream, context_fn=keep_kernels)
 
-def _policy(_context, op, *args, **kwargs):
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)
+
+
+def _checkpointed(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    return checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False, **options
+    )
+
+
+def keep_kernels() -> Contexts:
+    """Contexts of torch.utils.checkpoint: the results of this project's kernels and of attention
+    are kept."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+ATTENTION = (
+    torch.ops.higher_order.flex_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+)
+
+
+def _policy(_context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    own = getattr(op, "namespace", None) == "fla_dist"
+    return CheckpointPolicy.MUST_SAVE if own or op in ATTENTION else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _both(outer: Contexts, inner: Contexts) -> Contexts:
+    """The forward's and the recomputation's contexts, each one inside the other."""
+    return _nested(outer[0], inner[0]), _nested(outer[1], inner[1])
+
+
+@contextmanager
+def _nested(
+    outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -9,6 +9,7 @@ reaches other ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -50,6 +51,7 @@ class LanguageModel(nn.Module):
         activation_checkpointing: what of a block is kept for the backward (block.py).
         loss_chunks: parts into which the loss cuts the tokens, so that logits never exist in whole.
         z_loss: weight of the squared log-normalizer in the loss.
+        compiled: training runs the blocks through torch.compile (block.py).
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class LanguageModel(nn.Module):
         activation_checkpointing: ActivationCheckpointing = "none",
         loss_chunks: int | Literal["auto"] = "auto",
         z_loss: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.exchange = build_exchange(mesh)
+        self.sequence_parallel_rank = mesh.sequence_parallel_rank if mesh else 0
         self.loss_chunks = None if loss_chunks == "auto" else loss_chunks
         self.z_loss = z_loss
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -71,6 +75,7 @@ class LanguageModel(nn.Module):
         for index in range(config.num_hidden_layers):
             name = config.layer_pattern[index % len(config.layer_pattern)]
             mixer = MIXERS[name](config.hidden_size, config.mixers[name], config.norm_eps)
+            mixer.layer_index, mixer.num_layers = index, config.num_hidden_layers
             self.blocks.append(
                 Block(
                     config.hidden_size,
@@ -78,6 +83,7 @@ class LanguageModel(nn.Module):
                     mixer,
                     config.norm_eps,
                     activation_checkpointing,
+                    compiled,
                 )
             )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -88,7 +94,10 @@ class LanguageModel(nn.Module):
     def forward(self, batch: TokenSlice) -> Tensor:
         """The sum of the token losses over this slice's labels that are not -100; a scalar in
         fp32."""
-        stream = Stream(batch.positions, batch.doc_ids, self.exchange)
+        tokens_before = self.sequence_parallel_rank * batch.tokens.shape[1]
+        stream = Stream(batch.positions, batch.doc_ids, self.exchange, tokens_before)
+        for mixer in self.mixers():
+            mixer.prepare(stream)
         x = self.embedding(batch.tokens)
         for block in self.blocks:
             x = block(x, stream)
@@ -99,6 +108,10 @@ class LanguageModel(nn.Module):
             z_loss=self.z_loss,
             chunks=self.loss_chunks,
         )
+
+    def mixers(self) -> Iterator[Mixer]:
+        """The blocks' mixers, in order."""
+        return (module for module in self.modules() if isinstance(module, Mixer))
 
     def initialize(self, seed: int) -> None:
         """Sets every parameter from `seed`, the same on every rank (initialization.py)."""
@@ -154,11 +167,7 @@ class LanguageModel(nn.Module):
         products = sum(
             module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear)
         )
-        mixing = sum(
-            mixer.flops_per_token(sequence_length)
-            for mixer in self.modules()
-            if isinstance(mixer, Mixer)
-        )
+        mixing = sum(mixer.flops_per_token(sequence_length) for mixer in self.mixers())
         return 3 * (2 * products + mixing)
 
 

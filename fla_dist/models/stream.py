@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla_dist.kernels.attention import AttentionMask, attention_mask
 from fla_dist.kernels.state import Scan
 from fla_dist.parallel.exchange import Exchange, LocalExchange
 
@@ -22,16 +23,31 @@ class Stream:
         doc_ids: [B, T] int32, 0 for the document that was open before the slice, rising by one
             where one starts.
         scan: joins recurrent states.
+        tokens_before: of the sequence, on the ranks before this one.
     """
 
-    def __init__(self, positions: Tensor, doc_ids: Tensor, exchange: Exchange) -> None:
+    def __init__(
+        self, positions: Tensor, doc_ids: Tensor, exchange: Exchange, tokens_before: int = 0
+    ) -> None:
         self.positions = positions
         self.doc_ids = doc_ids
         self.scan: Scan = exchange.scan
         self.exchange = exchange
+        self.tokens_before = tokens_before
+        self._masks: dict[tuple[int | None, int], AttentionMask] = {}
 
     def with_exchange(self, exchange: Exchange) -> Stream:
-        return Stream(self.positions, self.doc_ids, exchange)
+        stream = Stream(self.positions, self.doc_ids, exchange, self.tokens_before)
+        stream._masks = self._masks
+        return stream
+
+    def attention_mask(self, window: int | None, context: int) -> AttentionMask:
+        """What the tokens see of themselves and of `context` tokens before them; made once for all
+        layers."""
+        key = (window, context)
+        if key not in self._masks:
+            self._masks[key] = attention_mask(self.positions, context=context, window=window)
+        return self._masks[key]
 
     def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
         """The `width` tokens before x [B, T, ...], zeros where there were none; all there are for

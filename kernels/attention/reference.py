@@ -1,8 +1,8 @@
-"""Causal softmax attention in plain PyTorch: the truth, and the backend until faster ones serve.
+"""Causal softmax attention in plain PyTorch: the truth, and the backend where PyTorch's fast
+kernels do not serve.
 
 q: [B, T, H, K].  k, v: [B, L + T, G, K], L tokens of left context before the slice; H is a multiple
-of G.  positions: [B, T]. Query t sees the key i tokens before it where 0 ≤ i ≤ positions_t and i <
-window.
+of G.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ QUERY_BLOCK = 512
 def attention_dense(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
 ) -> Tensor:
-    """Every score at once, as the formula reads."""
+    """Every score at once, as the formula reads: query t sees the key i tokens before it where 0 ≤
+    i ≤ positions_t [B, T] and i < window."""
     length, context = q.shape[1], k.shape[1] - q.shape[1]
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     query_index = torch.arange(length, device=q.device) + context
@@ -31,25 +32,22 @@ def attention_dense(
 
 
 def attention_blocked(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, first_seen: Tensor, window: int | None
 ) -> Tensor:
     """Blocks of queries against the keys that they can reach: no mask or score is larger than
-    [block, reach]."""
+    [block, reach]. Query t sees the keys from first_seen_t [B, T] to its own (mask.py)."""
     length, context = q.shape[1], k.shape[1] - q.shape[1]
     outputs = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        first = 0 if window is None else max(0, context + start - window + 1)
-        last = context + stop
-        keys = torch.arange(first, last, device=q.device)
-        back = torch.arange(context + start, last, device=q.device)[:, None] - keys
-        seen = (back >= 0) & (back <= positions[:, start:stop, None])
-        if window is not None:
-            seen = seen & (back < window)
+        lowest = -context if window is None else max(-context, start - window + 1)
+        queries = torch.arange(start, stop, device=q.device)[:, None]
+        keys = torch.arange(lowest, stop, device=q.device)
+        seen = (keys <= queries) & (keys >= first_seen[:, start:stop, None])
         output = F.scaled_dot_product_attention(
             q[:, start:stop].transpose(1, 2),
-            k[:, first:last].transpose(1, 2),
-            v[:, first:last].transpose(1, 2),
+            k[:, context + lowest : context + stop].transpose(1, 2),
+            v[:, context + lowest : context + stop].transpose(1, 2),
             attn_mask=seen[:, None],
             enable_gqa=q.shape[2] != k.shape[2],
         )

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fla_dist.kernels.attention import attention
+from fla_dist.kernels.attention import attention, attention_mask
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.short_convolution import short_convolution
+from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
 from fla_dist.kernels.state import LOCAL
 from fla_dist.parallel.exchange import build_exchange
 from fla_dist.parallel.mesh import Mesh, build_mesh
@@ -30,6 +31,19 @@ def gla_case(local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str) ->
     extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
     output, state = function(
         x["q"], x["k"], x["v"], -x["g"].square(),
+        scale=0.5, initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
+def simple_gla_case(
+    local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str, decay: str
+) -> dict[str, Tensor]:
+    function = simple_gla_recurrent if form == "truth" else simple_gla_chunked
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    g = {"head": -x["A"][:2, 0].square(), "token": -x["g"][..., 0].square()}[decay]
+    output, state = function(
+        x["q"], x["k"], x["v"], g,
         scale=0.5, initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra,
     )  # fmt: skip
     return {"output": output, "final": state}
@@ -53,7 +67,9 @@ def window_case(
     before = build_exchange(local).before
     width = None if window is None else window - 1
     k, v = (torch.cat([before(y, width), y], dim=1) for y in (x["k"], x["k2"]))
-    return {"output": attention(x["q"], k, v, positions=positions, window=window)}
+    context = k.shape[1] - x["q"].shape[1]
+    mask = attention_mask(positions, context=context, window=window)
+    return {"output": attention(x["q"], k, v, mask)}
 
 
 def convolution_case(
@@ -69,6 +85,8 @@ def convolution_case(
 CASES = {
     "gla": (gla_case, {}),
     "mamba": (mamba_case, {}),
+    "retention": (simple_gla_case, {"decay": "head"}),
+    "simple gla": (simple_gla_case, {"decay": "token"}),
     "window inside a slice": (window_case, {"window": 5}),
     "slice shorter than the window": (window_case, {"window": 31}),
     "window longer than the sequence": (window_case, {"window": 100}),

@@ -64,8 +64,13 @@ class Attention(Mixer):
         kv = torch.stack([k, v], dim=2)
         width = None if self.window_size is None else self.window_size - 1
         k, v = torch.cat([stream.before("kv", kv, width), kv], dim=1).unbind(dim=2)
-        o = attention(q, k, v, positions=stream.positions, window=self.window_size)
+        mask = stream.attention_mask(self.window_size, k.shape[1] - q.shape[1])
+        o = attention(q, k, v, mask)
         return self.output(rearrange(o, "b t h k -> b t (h k)"))
+
+    def prepare(self, stream: Stream) -> None:
+        context = stream.tokens_before if self.window_size is None else self.window_size - 1
+        stream.attention_mask(self.window_size, context)
 
     def flops_per_token(self, sequence_length: int) -> float:
         window = min(self.window_size or sequence_length, sequence_length)

@@ -23,6 +23,10 @@ class Mixer(nn.Module, ABC):
 
     config_class: ClassVar[type]
     output: nn.Linear
+    layer_index: int = 0
+    num_layers: int = 1
+    """The model's blocks before this mixer's, and all of them: set by the model, for families that
+    initialize by depth."""
 
     @abstractmethod
     def __init__(self, hidden_size: int, config: Any, norm_eps: float) -> None:
@@ -30,6 +34,10 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, stream: Stream) -> Tensor: ...
+
+    def prepare(self, stream: Stream) -> None:
+        """Makes what the layers share of a batch, before the first of them runs: it may wait for
+        the GPU, which compiled blocks may not."""
 
     @abstractmethod
     def flops_per_token(self, sequence_length: int) -> float:
