@@ -9,6 +9,8 @@ MIXERS = {
     "sliding_window_attention": {"num_heads": 2, "num_kv_heads": 2, "window_size": 15},
     "gla": {"num_heads": 2, "gate_rank": 4},
     "attention": {"num_heads": 4, "num_kv_heads": 2},
+    "retention": {"num_heads": 2, "expand_v": 1.5},
+    "linear_attention": {"num_heads": 2},
 }
 """The window is longer than a slice of 12 tokens and shorter than one of 24."""
 
@@ -16,6 +18,7 @@ PATTERNS = {
     "samba": ("mamba", "sliding_window_attention"),
     "gla": ("gla",),
     "attention": ("attention",),
+    "retention": ("retention", "linear_attention"),
     "all": tuple(MIXERS),
 }
 
