@@ -156,6 +156,9 @@ class TrainingConfig:
     global_batch_tokens: PositiveInt | None = None
     seed: NonNegativeInt = 0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool | Literal["auto"] = "auto"
+    """The model's blocks run through torch.compile; `auto`: on a GPU below ZeRO stage 3, whose hooks
+    would cut the blocks' graphs."""
     loss_chunks: PositiveInt | Literal["auto"] = "auto"
     z_loss: NonNegativeFloat = 0.0
     max_consecutive_skipped_steps: NonNegativeInt = 5
@@ -287,6 +290,11 @@ class Config:
                         f"{key}: {length} is not divisible by "
                         f"parallelism.sequence_parallel_size {sp}"
                     )
+        if self.training.compile is True and self.deepspeed.zero_optimization.stage == 3:
+            raise ConfigError(
+                "training.compile: true does not go with deepspeed.zero_optimization.stage 3, whose "
+                "hooks would cut the blocks' graphs; expected false or auto"
+            )
         train = self.tokenizer.train
         if train and train.vocab_size > self.model.vocab_size:
             raise ConfigError(

@@ -90,6 +90,10 @@ def test_overrides_reach_into_lists() -> None:
             ["--model.mixers.sliding_window_attention.num_heads", "5"],
             ["model.mixers.sliding_window_attention.num_heads: 5"],
         ),
+        (
+            ["--training.compile", "true", "--deepspeed.zero_optimization.stage", "3"],
+            ["training.compile: true", "stage 3", "expected false or auto"],
+        ),
         # the command line itself
         (["optimizer.lr", "1"], ["expected --section.key value"]),
         (["--optimizer.lr"], ["--optimizer.lr has no value"]),

@@ -124,8 +124,9 @@ class LanguageModel(nn.Module):
         """Logits [B, vocabulary] after the last of `tokens` [B, T], whose past is in `caches`, one
         a block."""
         x = self.embedding(tokens)
+        shared: dict[str, Tensor] = {}
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, CachedStream(positions, cache))
+            x = block(x, CachedStream(positions, cache, shared))
         return self.head(self.norm(x[:, -1])).float()
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fla_dist.config import Config, ZeroConfig
+from fla_dist.models import LanguageModel
 from fla_dist.parallel.deepspeed_mpu import DeepSpeedMPU
 from fla_dist.parallel.mesh import Mesh
 from fla_dist.training.distributed import RunError, sum_over_ranks
@@ -88,6 +89,24 @@ class Engine:
             return None
         norm = self.deepspeed.get_global_grad_norm()
         return StepResult(self.deepspeed.was_step_applied(), float(norm))
+
+
+def build_model(config: Config, mesh: Mesh, device: torch.device) -> LanguageModel:
+    """The run's model with its first weights, not yet on `device`."""
+    training = config.training
+    compiled = training.compile
+    if compiled == "auto":
+        compiled = device.type == "cuda" and config.deepspeed.zero_optimization.stage < 3
+    model = LanguageModel(
+        config.model,
+        mesh=mesh,
+        activation_checkpointing=training.activation_checkpointing,
+        loss_chunks=training.loss_chunks,
+        z_loss=training.z_loss,
+        compiled=compiled,
+    )
+    model.initialize(training.seed)
+    return model
 
 
 def deepspeed_settings(config: Config, plan: BatchPlan) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from fla_dist.config import Config
 from fla_dist.data import Batch, TokenPipeline, build_pipeline
 from fla_dist.data.batch import IGNORED_LABEL
-from fla_dist.models import LanguageModel
 from fla_dist.parallel.mesh import build_mesh
 from fla_dist.training.checkpoint import Checkpoints, TrainingState
 from fla_dist.training.distributed import (
@@ -27,7 +26,7 @@ from fla_dist.training.distributed import (
     sum_over_ranks,
     together,
 )
-from fla_dist.training.engine import Engine, verify_gradient_scale
+from fla_dist.training.engine import Engine, build_model, verify_gradient_scale
 from fla_dist.training.metrics import PhaseTimer, Records, StepRecord, memory_peaks
 from fla_dist.training.optimizer import learning_rate
 from fla_dist.training.plan import plan_batches
@@ -60,14 +59,7 @@ class Trainer:
         tokenizer = self.pipeline.tokenizer
         together(lambda: tokenizer.require_vocabulary(config.model.vocab_size))
         torch.manual_seed(config.training.seed)
-        model = LanguageModel(
-            config.model,
-            mesh=self.mesh,
-            activation_checkpointing=config.training.activation_checkpointing,
-            loss_chunks=config.training.loss_chunks,
-            z_loss=config.training.z_loss,
-        )
-        model.initialize(config.training.seed)
+        model = build_model(config, self.mesh, device)
         flops_per_token = model.flops_per_token(config.data.sequence_length)
         self.engine = Engine(model, config, self.plan, self.mesh, device)
         self.checkpoints = Checkpoints(config, self.plan, tokenizer.path)

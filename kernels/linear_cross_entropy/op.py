@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.validation import check, check_rank
+from fla_dist.kernels.linear_cross_entropy.reference import token_losses_reference
+from fla_dist.kernels.linear_cross_entropy.triton_kernels import token_losses
 
-IGNORED = -100
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 512 * 2**20
 
 
 def linear_cross_entropy(
@@ -16,21 +19,25 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    token_weights: Tensor | None = None,
     z_loss: float = 0.0,
     chunks: int | None = None,
 ) -> Tensor:
-    """The sum over tokens of the cross entropy of `hidden @ weight.T`, gradients computed on the
-    way.
+    """The weighted sum over tokens of the cross entropy of `hidden @ weight.T`, gradients computed
+    on the way.
 
-        loss = Σ_t [ lse_t - logit_t[label_t] + z_loss · lse_t² ],    lse_t = log Σ_w
+        loss = Σ_t w_t [ lse_t - logit_t[label_t] + z_loss · lse_t² ],    lse_t = log Σ_w
         exp(logit_t[w])
+
+    Logits are in the dtype of `hidden`, or that of autocast; softmax and sums in fp32.
 
     Args:
         hidden: [T, D].      weight: [W, D], the head (a tied embedding, for instance).
         labels: [T] integer; -100 is ignored.
+        token_weights: [T], w_t, no gradient; 1 where left out.
         z_loss: weight of the squared log-normalizer.
-        chunks: into how many parts T is cut; by default so many that the fp32 logits of one take at
-            most 256 MiB.
+        chunks: into how many parts T is cut; by default so many that the logits of one take at most
+            512 MiB.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 inputs).
@@ -42,9 +49,14 @@ def linear_cross_entropy(
     check_rank("linear_cross_entropy", "weight", weight, "W D")
     check("linear_cross_entropy", "weight", weight, (weight.shape[0], hidden.shape[1]), hidden)
     check("linear_cross_entropy", "labels", labels, (hidden.shape[0],), hidden)
+    check("linear_cross_entropy", "token_weights", token_weights, (hidden.shape[0],), hidden)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if chunks is None:
-        chunks = -(-hidden.shape[0] * weight.shape[0] * 4 // CHUNK_BYTES)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, z_loss, max(1, chunks))
+        chunks = -(-hidden.shape[0] * weight.shape[0] * dtype.itemsize // CHUNK_BYTES)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, token_weights, z_loss, max(1, chunks), dtype
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,49 +64,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, z_loss, chunks):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+    def forward(ctx: Any, hidden, weight, labels, token_weights, z_loss, chunks, dtype):
+        wide = torch.promote_types(dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        hidden_gradient = torch.empty_like(hidden) if need_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        loss = hidden.new_zeros((), dtype=dtype)
+        rows, columns = hidden.to(dtype), weight.to(dtype)
+        hidden_gradient = torch.empty_like(rows) if need_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        loss = hidden.new_zeros((), dtype=wide)
         chunk_length = max(1, -(-hidden.shape[0] // chunks))
-        for start in range(0, hidden.shape[0], chunk_length):
-            rows = slice(start, start + chunk_length)
-            logits = (hidden[rows] @ weight.t()).to(dtype)  # [c, W]
-            valid = labels[rows] != IGNORED
-            target = labels[rows].masked_fill(~valid, 0).unsqueeze(1)
-            normalizer = logits.logsumexp(dim=1)
-            token_loss = (
-                normalizer - logits.gather(1, target).squeeze(1) + z_loss * normalizer.square()
-            )
-            loss += torch.where(valid, token_loss, 0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            gradient = logits.sub_(normalizer[:, None]).exp_()
-            gradient *= (1 + 2 * z_loss * normalizer)[:, None]
-            gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=dtype))
-            gradient *= valid[:, None]
-            gradient = gradient.to(hidden.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = gradient @ weight
-            if weight_gradient is not None:
-                weight_gradient += gradient.t() @ hidden[rows]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], chunk_length):
+                part = slice(start, start + chunk_length)
+                chunk = rows[part]
+                losses, gradient = _token_losses(
+                    chunk @ columns.t(),
+                    labels[part],
+                    None if token_weights is None else token_weights[part],
+                    z_loss,
+                    need_hidden or need_weight,
+                )
+                loss += losses.sum()
+                if hidden_gradient is not None:
+                    torch.mm(gradient, columns, out=hidden_gradient[part])
+                if weight_gradient is not None:
+                    weight_gradient += gradient.t() @ chunk
         ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx, loss_gradient):
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        return (
-            None
-            if hidden_gradient is None
-            else hidden_gradient * loss_gradient.to(hidden_gradient.dtype),
-            None
-            if weight_gradient is None
-            else (weight_gradient * loss_gradient).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+    def backward(ctx: Any, loss_gradient):
+        gradients = (
+            None if gradient is None else gradient.to(dtype) * loss_gradient.to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return *gradients, None, None, None, None, None
+
+
+def _token_losses(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses of the tokens, and the gradient of the logits; the logits are not kept."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        losses = token_losses(logits, labels, weights, z_loss, gradient)
+        return losses, logits
+    return token_losses_reference(logits, labels, weights, z_loss, gradient)
