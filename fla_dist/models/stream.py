@@ -35,11 +35,17 @@ class Stream:
         self.exchange = exchange
         self.tokens_before = tokens_before
         self._masks: dict[tuple[int | None, int], AttentionMask] = {}
+        self._shared: dict[str, Tensor] = {}
 
     def with_exchange(self, exchange: Exchange) -> Stream:
         stream = Stream(self.positions, self.doc_ids, exchange, self.tokens_before)
-        stream._masks = self._masks
+        stream._masks, stream._shared = self._masks, self._shared
         return stream
+
+    def share(self, name: str, x: Tensor) -> Tensor:
+        """What the first of the model's layers that shares under this name gave: x itself in that
+        layer."""
+        return self._shared.setdefault(name, x)
 
     def attention_mask(self, window: int | None, context: int) -> AttentionMask:
         """What the tokens see of themselves and of `context` tokens before them; made once for all
@@ -67,12 +73,15 @@ class Stream:
 
 class CachedStream(Stream):
     """The next tokens of a sequence whose past is in `cache`, a mixer's own; constant memory except
-    for full attention."""
+    for full attention. `shared` is that of all layers at these tokens."""
 
-    def __init__(self, positions: Tensor, cache: dict[str, Tensor]) -> None:
+    def __init__(
+        self, positions: Tensor, cache: dict[str, Tensor], shared: dict[str, Tensor]
+    ) -> None:
         doc_ids = (positions == 0).cumsum(dim=1).to(torch.int32)
         super().__init__(positions, doc_ids, LocalExchange())
         self._cache = cache
+        self._shared = shared
 
     def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
         past = self._cache.get(name)

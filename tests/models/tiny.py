@@ -11,6 +11,22 @@ MIXERS = {
     "attention": {"num_heads": 4, "num_kv_heads": 2},
     "retention": {"num_heads": 2, "expand_v": 1.5},
     "linear_attention": {"num_heads": 2},
+    "delta_net": {"num_heads": 2},
+    "gated_delta_net": {
+        "num_heads": 1,
+        "num_value_heads": 2,
+        "head_size": 6,
+        "expand_v": 1.5,
+        "allow_negative_eigenvalues": True,
+    },
+    "kda": {"num_heads": 2, "head_size": 6},
+    "rwkv7": {
+        "head_size": 8,
+        "decay_rank": 3,
+        "learning_rate_rank": 3,
+        "value_rank": 3,
+        "gate_rank": 3,
+    },
 }
 """The window is longer than a slice of 12 tokens and shorter than one of 24."""
 
@@ -19,6 +35,8 @@ PATTERNS = {
     "gla": ("gla",),
     "attention": ("attention",),
     "retention": ("retention", "linear_attention"),
+    "delta": ("delta_net", "gated_delta_net", "kda"),
+    "rwkv7": ("rwkv7",),
     "all": tuple(MIXERS),
 }
 
