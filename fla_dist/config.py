@@ -157,8 +157,8 @@ class TrainingConfig:
     seed: NonNegativeInt = 0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool | Literal["auto"] = "auto"
-    """The model's blocks run through torch.compile; `auto`: on a GPU below ZeRO stage 3, whose hooks
-    would cut the blocks' graphs."""
+    """The model's blocks run through torch.compile; `auto`: on a GPU below ZeRO stage 3, whose
+    hooks would cut the blocks' graphs."""
     loss_chunks: PositiveInt | Literal["auto"] = "auto"
     z_loss: NonNegativeFloat = 0.0
     max_consecutive_skipped_steps: NonNegativeInt = 5
@@ -196,6 +196,13 @@ class LRSchedulerConfig:
 @dataclass(frozen=True)
 class ParallelismConfig:
     sequence_parallel_size: PositiveInt = 1
+    """Ranks that each sequence is divided over."""
+    state_exchange: Literal["auto", "all_gather", "hierarchical"] = "auto"
+    """How recurrent states cross ranks; `auto`: hierarchically where sequences span hosts."""
+    attention_exchange: Literal["auto", "all_gather", "all_to_all", "ring"] = "auto"
+    """How full attention crosses ranks; `auto`: by heads, slice and hosts."""
+    exchange_timeout_seconds: PositiveFloat = 600.0
+    """An exchange that takes longer ends the run, naming rank, layer and phase."""
 
 
 @dataclass(frozen=True)
@@ -290,10 +297,19 @@ class Config:
                         f"{key}: {length} is not divisible by "
                         f"parallelism.sequence_parallel_size {sp}"
                     )
+        heads = self.model.mixers.get("attention")
+        if self.parallelism.attention_exchange == "all_to_all" and heads is not None:
+            for key in ("num_heads", "num_kv_heads"):
+                if getattr(heads, key) % sp:
+                    raise ConfigError(
+                        f"parallelism.attention_exchange: all_to_all needs a multiple of "
+                        f"sequence_parallel_size ({sp}) as model.mixers.attention.{key}, which is "
+                        f"{getattr(heads, key)}"
+                    )
         if self.training.compile is True and self.deepspeed.zero_optimization.stage == 3:
             raise ConfigError(
-                "training.compile: true does not go with deepspeed.zero_optimization.stage 3, whose "
-                "hooks would cut the blocks' graphs; expected false or auto"
+                "training.compile: true does not go with deepspeed.zero_optimization.stage 3, "
+                "whose hooks would cut the blocks' graphs; expected false or auto"
             )
         train = self.tokenizer.train
         if train and train.vocab_size > self.model.vocab_size:

@@ -3,6 +3,7 @@
 python launch/benchmark.py ops [--ops gla retention] [--shapes 2] [--output
 docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--all]
 python launch/benchmark.py data [--output docs/benchmarks/data_<machine>.json]
+python launch/benchmark.py step --config configs/samba_32k.json [--section.key value ...]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     from fla_dist.benchmark import data as data_pipeline
+    from fla_dist.benchmark import step
 
     commands = parser.add_subparsers(dest="command", required=True)
     ops = commands.add_parser("ops", help="time the ops on this machine's GPU")
@@ -27,7 +29,14 @@ def main() -> int:
     )
     check.add_argument("--all", action="store_true", help="more head sizes and dtypes (minutes)")
     data_pipeline.add_arguments(commands.add_parser("data", help="time the data pipeline"))
-    arguments = parser.parse_args()
+    step.add_arguments(
+        commands.add_parser("step", help="time training steps of a config", allow_abbrev=False)
+    )
+    arguments, overrides = parser.parse_known_args()
+    if arguments.command == "step":
+        return step.run(arguments, overrides)
+    if overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.command == "data":
         return data_pipeline.run(arguments)
     if arguments.command == "compile-check":

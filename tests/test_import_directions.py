@@ -15,8 +15,8 @@ RANKS = {
     "fla_dist.models": 2,
     "fla_dist.data": 2,
     "fla_dist.training": 3,
-    "fla_dist.benchmark": 3,
-    "launch": 4,
+    "fla_dist.benchmark": 4,
+    "launch": 5,
 }
 NEEDS_ONLY_TORCH = {"fla_dist.kernels": {"torch", "triton", "fla_dist"}}
 

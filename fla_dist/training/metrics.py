@@ -35,6 +35,12 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e1
 """Dense bf16 FLOPs a second by a word of the GPU's name; MFU is not reported for other devices."""
 
 
+def peak_bf16_flops() -> float | None:
+    """Of this process's GPU; None where it is not in the table, or there is none."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for word, flops in PEAK_BF16_FLOPS.items() if word in name), None)
+
+
 class PhaseTimer:
     """Seconds spent in named phases of a step; on a GPU by events, without synchronizing inside."""
 
@@ -232,8 +238,5 @@ class Records:
                 writer.close()
 
     def _mfu(self, tokens_per_second_per_gpu: float) -> float | None:
-        if not torch.cuda.is_available():
-            return None
-        name = torch.cuda.get_device_name()
-        peak = next((flops for word, flops in PEAK_BF16_FLOPS.items() if word in name), None)
+        peak = peak_bf16_flops()
         return peak and tokens_per_second_per_gpu * self._flops_per_token / peak
