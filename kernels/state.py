@@ -17,6 +17,7 @@ Shapes: B batch, S stretches in the order of time, `...` the state (for instance
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -77,7 +78,7 @@ class Diagonal:
 
     def rows(self, state: Tensor) -> tuple[Diagonal, Tensor]:
         """One stretch with its state [B, 1, ...] as R independent rows with one log decay each:
-        log_decay [1, 1, R, 1], rate [R, C], state [1, 1, R, C]."""
+        log_decay [1, 1, R, 1], rate and state [1, 1, R, C]."""
         log_decay = self.log_decay
         depth = max(
             (axis + 1 for axis in range(2, state.ndim) if log_decay.shape[axis] > 1), default=2
@@ -86,13 +87,13 @@ class Diagonal:
         log_decay = log_decay.expand(*state.shape[:depth], *log_decay.shape[depth:])
         rate = self.rate
         if rate is not None:
-            rate = rate.expand(state.shape[0], *state.shape[2:]).reshape(rows, -1)
+            rate = rate.expand(state.shape[0], *state.shape[2:]).reshape(1, 1, rows, -1)
         return Diagonal(log_decay.reshape(1, 1, rows, 1), rate), state.reshape(1, 1, rows, -1)
 
-    def of_rows(self, part: slice) -> Diagonal:
-        """Some of the rows that `rows` made."""
-        rate = None if self.rate is None else self.rate[part]
-        return Diagonal(self.log_decay[:, :, part], rate)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Diagonal:
+        """With each of its tensors replaced."""
+        rate = None if self.rate is None else function(self.rate)
+        return Diagonal(function(self.log_decay), rate)
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class Dense:
             state.reshape(1, 1, -1, *state.shape[-2:]),
         )
 
-    def of_rows(self, part: slice) -> Dense:
-        return Dense(self.matrix[:, :, part])
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(function(self.matrix))
 
 
 Transition: TypeAlias = "Diagonal | Dense"

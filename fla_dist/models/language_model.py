@@ -99,8 +99,8 @@ class LanguageModel(nn.Module):
         for mixer in self.mixers():
             mixer.prepare(stream)
         x = self.embedding(batch.tokens)
-        for block in self.blocks:
-            x = block(x, stream)
+        for index, block in enumerate(self.blocks):
+            x = block(x, stream.with_exchange(self.exchange.of_layer(index)))
         return linear_cross_entropy(
             self.norm(x).flatten(0, 1),
             self.head.weight,

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from fla_dist.kernels.state import LOCAL, Diagonal, Pending, Scan
-from fla_dist.parallel.attention import gather_before
+from fla_dist.kernels.attention import attention
+from fla_dist.kernels.state import LOCAL, Pending, Scan, Transition
+from fla_dist.parallel.attention import (
+    Masks,
+    Way,
+    WholeMask,
+    attention_way,
+    full_attention,
+    gather_before,
+)
 from fla_dist.parallel.halo import left_halo
 from fla_dist.parallel.mesh import Mesh
+from fla_dist.parallel.slices import Slices
 from fla_dist.parallel.state_scan import StateScan
 
 
@@ -28,6 +39,16 @@ class Exchange(Protocol):
         """The `width` tokens before x [B, T, ...], zeros where the sequence had not started; all
         there are for None."""
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+        """Full causal softmax attention of q [B, T, H, K] to the whole sequence's k and v
+        [B, T, G, K] up to each query, inside documents; [B, T, H, K]."""
+
+    def prepare_attention(self, heads: int, kv_heads: int, masks: Masks) -> None:
+        """Makes what the layers of a batch share for `attention`; it may wait for the GPU."""
+
+    def of_layer(self, index: int) -> Exchange:
+        """The same for one layer, which messages then name."""
+
 
 class LocalExchange:
     """One process holds the whole sequence."""
@@ -37,16 +58,40 @@ class LocalExchange:
     def before(self, x: Tensor, width: int | None) -> Tensor:
         return x.new_zeros(x.shape[0], width or 0, *x.shape[2:])
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+        return attention(q, k, v, masks.attention_mask(None, 0))
+
+    def prepare_attention(self, heads: int, kv_heads: int, masks: Masks) -> None:
+        masks.attention_mask(None, 0)
+
+    def of_layer(self, index: int) -> LocalExchange:
+        return self
+
 
 class MeshExchange:
-    """The sequence is divided over the ranks of `mesh.sequence_group`."""
+    """The sequence is divided over the ranks of `slices`."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self.scan: Scan = StateScan(mesh)
+    def __init__(self, slices: Slices, whole: WholeMask | None = None) -> None:
+        self.slices = slices
+        self.scan: Scan = StateScan(slices)
+        self._whole = whole or WholeMask()
 
+    @torch.compiler.disable
     def before(self, x: Tensor, width: int | None) -> Tensor:
-        return gather_before(x, self._mesh) if width is None else left_halo(x, width, self._mesh)
+        return gather_before(x, self.slices) if width is None else left_halo(x, width, self.slices)
+
+    @torch.compiler.disable
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+        return full_attention(q, k, v, self.way(q, k, masks))[0]
+
+    def way(self, q: Tensor, k: Tensor, masks: Masks) -> Way:
+        return attention_way(q.shape[2], k.shape[2], self.slices, masks, self._whole)
+
+    def prepare_attention(self, heads: int, kv_heads: int, masks: Masks) -> None:
+        attention_way(heads, kv_heads, self.slices, masks, self._whole)
+
+    def of_layer(self, index: int) -> MeshExchange:
+        return MeshExchange(replace(self.slices, layer=index), self._whole)
 
 
 class ReplayedExchange:
@@ -80,9 +125,26 @@ class ReplayedExchange:
         self._received.append(result.detach())
         return result
 
+    @torch.compiler.disable
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+        if not isinstance(self._exchange, MeshExchange):
+            return self._exchange.attention(q, k, v, masks)
+        way = self._exchange.way(q, k, masks)
+        if self._replay is not None:
+            return full_attention(q, k, v, way, next(self._replay))[0]
+        o, lse = full_attention(q, k, v, way)
+        self._received.append((o.detach(), lse))
+        return o
+
+    def prepare_attention(self, heads: int, kv_heads: int, masks: Masks) -> None:
+        self._exchange.prepare_attention(heads, kv_heads, masks)
+
+    def of_layer(self, index: int) -> ReplayedExchange:
+        return ReplayedExchange(self._exchange.of_layer(index))
+
     def start(
         self,
-        transition: Diagonal,
+        transition: Transition,
         state: Tensor,
         initial: Tensor | None,
         *,
@@ -114,7 +176,8 @@ class RecordedScan:
         return entries.detach(), final.detach()
 
 
-def build_exchange(mesh: Mesh | None) -> Exchange:
+def build_exchange(mesh: Mesh | None, lengths: tuple[int, ...] | None = None) -> Exchange:
+    """What the ranks of `mesh` exchange; `lengths` where their slices differ."""
     if mesh is None or mesh.sequence_parallel_size == 1:
         return LocalExchange()
-    return MeshExchange(mesh)
+    return MeshExchange(Slices(mesh, lengths))

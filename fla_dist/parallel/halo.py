@@ -4,84 +4,78 @@ starts."""
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fla_dist.parallel.mesh import Mesh
+from fla_dist.parallel.collectives import Steps, exchange, send_and_receive
+from fla_dist.parallel.slices import Slices
 
 
-def left_halo(x: Tensor, width: int, mesh: Mesh) -> Tensor:
+def left_halo(x: Tensor, width: int, slices: Slices) -> Tensor:
     """The `width` tokens before this rank's slice, over as many ranks as they reach; zeros before
     the sequence's start.
 
     Args:
-        x: [B, T, ...], this rank's slice, T the same on all ranks of the sequence.
+        x: [B, T, ...], this rank's slice.
         width: tokens of context, also more than T.
 
     Returns:
         [B, width, ...]; its gradient travels back to the ranks that hold the tokens.
     """
-    return _LeftHalo.apply(x, width, mesh)
-
-
-def _reach(width: int, length: int) -> list[tuple[int, int]]:
-    """(hops to the left, tokens taken from there), nearest first."""
-    return [
-        (hop, min(length, width - (hop - 1) * length)) for hop in range(1, -(-width // length) + 1)
-    ]
-
-
-def _exchange(
-    sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], mesh: Mesh
-) -> None:
-    """Point to point among the ranks of the sequence: (tensor, sequence-parallel rank) each."""
-    first = mesh.rank - mesh.sequence_parallel_rank
-    operations = [
-        dist.P2POp(dist.isend, x, first + peer, group=mesh.sequence_group) for x, peer in sends
-    ]
-    operations += [
-        dist.P2POp(dist.irecv, x, first + peer, group=mesh.sequence_group) for x, peer in receives
-    ]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+    return _LeftHalo.apply(x, width, slices)
 
 
 class _LeftHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, width, mesh):
-        ctx.width, ctx.mesh, ctx.shape = width, mesh, x.shape
-        rank, size, length = mesh.sequence_parallel_rank, mesh.sequence_parallel_size, x.shape[1]
-        halo = x.new_zeros(x.shape[0], width, *x.shape[2:])
-        sends, receives = [], []
-        for hop, count in _reach(width, length):
-            if rank + hop < size:
-                sends.append((x[:, length - count :].contiguous(), rank + hop))
-            if rank - hop >= 0:
-                receives.append((x.new_empty(x.shape[0], count, *x.shape[2:]), rank - hop))
-        _exchange(sends, receives, mesh)
-        end = width
-        for part, _ in receives:
-            halo[:, end - part.shape[1] : end] = part
-            end -= part.shape[1]
-        return halo
+    def forward(ctx, x, width, slices):
+        ctx.width, ctx.slices, ctx.shape = width, slices, x.shape
+        return exchange(_to_the_right(x, width, slices), slices, "halo, forward")
 
     @staticmethod
     def backward(ctx, gradient):
-        mesh, length = ctx.mesh, ctx.shape[1]
-        rank, size = mesh.sequence_parallel_rank, mesh.sequence_parallel_size
-        sends, receives = [], []
-        end = ctx.width
-        for hop, count in _reach(ctx.width, length):
-            if rank - hop >= 0:
-                sends.append((gradient[:, end - count : end].contiguous(), rank - hop))
-            if rank + hop < size:
-                receives.append(
-                    (gradient.new_empty(ctx.shape[0], count, *ctx.shape[2:]), rank + hop)
-                )
-            end -= count
-        _exchange(sends, receives, mesh)
-        x_gradient = gradient.new_zeros(ctx.shape)
-        for part, _ in receives:
-            x_gradient[:, length - part.shape[1] :] += part
-        return x_gradient, None, None
+        steps = _to_the_left(gradient, ctx.shape, ctx.slices)
+        return exchange(steps, ctx.slices, "halo, backward"), None, None
+
+
+def _to_the_right(x: Tensor, width: int, slices: Slices) -> Steps:
+    rank, first = slices.rank, slices.mesh.first_sequence_rank
+    parts = slices.parts_before(x.shape[1], width)
+    sends = [
+        (x[:, start:stop].contiguous(), first + other)
+        for other in range(rank + 1, slices.size)
+        for source, start, stop in parts[other]
+        if source == rank
+    ]
+    receives = [
+        (x.new_empty(x.shape[0], stop - start, *x.shape[2:]), first + source)
+        for source, start, stop in parts[rank]
+    ]
+    yield send_and_receive(sends, receives, slices.mesh.sequence_group)
+    received = [part for part, _ in receives]
+    missing = width - sum(part.shape[1] for part in received)
+    return torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), *received], dim=1)
+
+
+def _to_the_left(gradient: Tensor, shape: torch.Size, slices: Slices) -> Steps:
+    """The gradient of a slice of `shape`, from that of every halo that holds tokens of it."""
+    rank, first = slices.rank, slices.mesh.first_sequence_rank
+    parts = slices.parts_before(shape[1], gradient.shape[1])
+    sends, end = [], gradient.shape[1]
+    for source, start, stop in reversed(parts[rank]):
+        part = gradient[:, end - (stop - start) : end]
+        sends.append((part.contiguous(), first + source))
+        end -= stop - start
+    places = [
+        (other, start, stop)
+        for other in range(rank + 1, slices.size)
+        for source, start, stop in parts[other]
+        if source == rank
+    ]
+    receives = [
+        (gradient.new_empty(shape[0], stop - start, *shape[2:]), first + other)
+        for other, start, stop in places
+    ]
+    yield send_and_receive(sends, receives, slices.mesh.sequence_group)
+    whole = gradient.new_zeros(shape)
+    for (part, _), (_, start, stop) in zip(receives, places, strict=True):
+        whole[:, start:stop] += part
+    return whole

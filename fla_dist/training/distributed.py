@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from fla_dist.config import ParallelismConfig
+from fla_dist.parallel.mesh import Mesh, build_mesh
+from fla_dist.parallel.watch import watching
 
 Result = TypeVar("Result")
 
@@ -22,9 +27,11 @@ class RunError(RuntimeError):
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """torch.distributed over the ranks that a launcher started, or over this process alone; yields
-    this rank's device."""
+def process_group(
+    parallelism: ParallelismConfig = ParallelismConfig(),  # noqa: B008 (frozen)
+) -> Iterator[torch.device]:
+    """torch.distributed over the ranks that a launcher started, or over this process alone, its
+    exchanges under watch; yields this rank's device."""
     on_gpu = torch.cuda.is_available()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -34,15 +41,34 @@ def process_group() -> Iterator[torch.device]:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    # Above the exchanges' own, whose message says more, and long enough for a checkpoint.
+    timeout = timedelta(seconds=max(1800.0, 2 * parallelism.exchange_timeout_seconds))
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield device
+        with watching(parallelism.exchange_timeout_seconds):
+            yield device
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(parallelism: ParallelismConfig) -> Mesh:
+    """The mesh that the config asks for.
+
+    Raises:
+        RunError: the ranks and hosts that were started do not allow it.
+    """
+    try:
+        return build_mesh(
+            parallelism.sequence_parallel_size,
+            state_exchange=parallelism.state_exchange,
+            attention_exchange=parallelism.attention_exchange,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def together(action: Callable[[], Result]) -> Result:

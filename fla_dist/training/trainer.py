@@ -17,10 +17,10 @@ import torch.distributed as dist
 from fla_dist.config import Config
 from fla_dist.data import Batch, TokenPipeline, build_pipeline
 from fla_dist.data.batch import IGNORED_LABEL
-from fla_dist.parallel.mesh import build_mesh
 from fla_dist.training.checkpoint import Checkpoints, TrainingState
 from fla_dist.training.distributed import (
     RunError,
+    mesh_of,
     process_group,
     raise_first,
     sum_over_ranks,
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 def pretrain(config: Config) -> int:
     """Trains to the end, or to a signal; returns this process's exit code."""
-    with process_group() as device, ExitStack() as resources:
+    with process_group(config.parallelism) as device, ExitStack() as resources:
         return Trainer(config, device, resources).train()
 
 
@@ -52,7 +52,7 @@ class Trainer:
         self.config, self.device = config, device
         self.stop_requested = False
         self.plan = plan_batches(config, dist.get_world_size())
-        self.mesh = build_mesh(config.parallelism.sequence_parallel_size)
+        self.mesh = mesh_of(config.parallelism)
         verify_gradient_scale(config, self.mesh, device)
         self.pipeline = together(lambda: self._build_pipeline(config.data.sequence_length, "train"))
         resources.callback(self.pipeline.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,11 +13,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Each rank is forked from a process that has imported these and started no thread.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "fla_dist.models"])
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each rank, torch.distributed initialized; a failure of one fails all."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)
+        mp.start_processes(
+            _rank,
+            (world_size, folder, function, args),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [
             torch.load(Path(folder) / f"result_{rank}", weights_only=False)
             for rank in range(world_size)
