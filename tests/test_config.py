@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from fla_dist.config import ConfigError, config_from_dict, config_to_dict, load_config
 from fla_dist.models.mixers.mamba import MambaConfig
+from fla_dist.training.optimizer import learning_rate
 from fla_dist.training.plan import plan_batches
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
@@ -124,6 +126,23 @@ def test_refusals_of_the_file(tmp_path: Path, text: str, parts: list[str]) -> No
     message = refusal(path=path)
     for part in parts:
         assert part in message
+
+
+def test_the_second_stage_goes_on_where_the_first_ends() -> None:
+    first, second = (load_config(TINY.with_name(f"samba_staged_{n}.json")) for n in ("4k", "32k"))
+    for section in ("model", "tokenizer", "optimizer", "parallelism"):
+        assert getattr(first, section) == getattr(second, section)
+    assert first.data == replace(second.data, sequence_length=4096)
+    assert first.checkpoint.dir == second.checkpoint.dir
+    assert second.checkpoint.resume == "required"
+    plans = [plan_batches(config, 8) for config in (first, second)]
+    assert plans[0].tokens_per_step == plans[1].tokens_per_step
+    end = plans[0].total_steps
+    rates = [
+        learning_rate(step, plan.total_steps, config.optimizer.lr, config.lr_scheduler)
+        for config, plan, step in zip((first, second), plans, (end - 1, end), strict=True)
+    ]
+    assert rates[1] == pytest.approx(rates[0], rel=0.01)
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:

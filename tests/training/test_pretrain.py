@@ -73,6 +73,29 @@ def test_records(whole: Path) -> None:
     assert last["tokens"] == STEPS * 512
 
 
+def test_a_second_stage_goes_on_at_another_sequence_length(
+    finished: Path, text: Path, cache: Path
+) -> None:
+    """As configs/samba_staged_4k.json and samba_staged_32k.json do: same checkpoints, same tokens a
+    step."""
+    path = write_run(
+        finished,
+        text,
+        cache,
+        data={"sequence_length": 128},
+        training={"max_steps": STEPS + 3},
+        checkpoint={"dir": str(finished / "checkpoints"), "resume": "required"},
+        deepspeed={"train_micro_batch_size_per_gpu": 1},
+    )
+    before = records(finished)
+    code, output = run(torchrun(2), "--config", path)
+    assert code == 0, output
+    after = records(finished)[STEPS:]
+    assert [record["step"] for record in after] == [STEPS + 1, STEPS + 2, STEPS + 3]
+    assert [record["tokens"] for record in after] == [512 * n for n in (11, 12, 13)]
+    assert after[0]["loss"] < before[0]["loss"] - 0.5  # the first stage's weights
+
+
 def test_tensorboard_tags(whole: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
