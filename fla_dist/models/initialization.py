@@ -6,10 +6,13 @@ Embedding and matrices N(0, initializer_range); projections back to the residual
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fla_dist.models.block import Block
 from fla_dist.models.layers import RMSNorm
@@ -18,15 +21,44 @@ if TYPE_CHECKING:
     from fla_dist.models.language_model import LanguageModel
 
 
+class Uninitialized(TorchFunctionMode):
+    """Modules made within it keep their memory as it comes: `initialize` sets every parameter, and
+    PyTorch's own first values take as long."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        options = options or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **options)
+
+
 @torch.no_grad()
 def initialize(model: LanguageModel, seed: int) -> None:
-    """Sets every parameter; torch's generators are left as they were."""
+    """Sets every parameter; torch's generators are left as they were.
+
+    Matrices are filled side by side, each from a generator of its own, so that threads change
+    nothing.
+    """
     std = model.config.initializer_range
+    matrices = dict.fromkeys(
+        module.weight for module in model.modules() if isinstance(module, (nn.Embedding, nn.Linear))
+    )
+
+    def fill(index: int, weight: nn.Parameter) -> None:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        nn.init.normal_(weight, std=std, generator=generator)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(len(matrices)), matrices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in model.modules():
-            if isinstance(module, (nn.Embedding, nn.Linear)):
-                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fla_dist.config import Config, ZeroConfig
 from fla_dist.models import LanguageModel
+from fla_dist.models.initialization import Uninitialized
 from fla_dist.parallel.deepspeed_mpu import DeepSpeedMPU
 from fla_dist.parallel.mesh import Mesh
 from fla_dist.training.distributed import RunError, sum_over_ranks
@@ -97,14 +98,15 @@ def build_model(config: Config, mesh: Mesh, device: torch.device) -> LanguageMod
     compiled = training.compile
     if compiled == "auto":
         compiled = device.type == "cuda" and config.deepspeed.zero_optimization.stage < 3
-    model = LanguageModel(
-        config.model,
-        mesh=mesh,
-        activation_checkpointing=training.activation_checkpointing,
-        loss_chunks=training.loss_chunks,
-        z_loss=training.z_loss,
-        compiled=compiled,
-    )
+    with Uninitialized():
+        model = LanguageModel(
+            config.model,
+            mesh=mesh,
+            activation_checkpointing=training.activation_checkpointing,
+            loss_chunks=training.loss_chunks,
+            z_loss=training.z_loss,
+            compiled=compiled,
+        )
     model.initialize(training.seed)
     return model
 

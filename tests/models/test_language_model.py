@@ -7,6 +7,7 @@ import torch
 
 from fla_dist.config import ModelConfig
 from fla_dist.models import LanguageModel
+from fla_dist.models.initialization import Uninitialized
 from fla_dist.models.language_model import sample
 from tests.models.tiny import MIXERS, PATTERNS, tiny_config
 from tests.packing import STARTS, PackedTokens, doc_ids_of, packed_tokens, positions_of
@@ -147,6 +148,20 @@ def test_initialization_is_the_same_from_the_same_seed() -> None:
     )
     assert torch.isfinite(first).all() and torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_initialization_needs_no_first_values() -> None:
+    torch.manual_seed(0)
+    with Uninitialized():
+        bare = LanguageModel(tiny_config("all"))
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert drawn == torch.rand(())  # PyTorch drew nothing
+    model = LanguageModel(tiny_config("all"))
+    for x in (bare, model):
+        x.initialize(3)
+    for got, expected in zip(bare.parameters(), model.parameters(), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_initialization_of_samba() -> None:
