@@ -67,7 +67,6 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.exchange = build_exchange(mesh)
-        self.sequence_parallel_rank = mesh.sequence_parallel_rank if mesh else 0
         self.loss_chunks = None if loss_chunks == "auto" else loss_chunks
         self.z_loss = z_loss
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -94,8 +93,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: TokenSlice) -> Tensor:
         """The sum of the token losses over this slice's labels that are not -100; a scalar in
         fp32."""
-        tokens_before = self.sequence_parallel_rank * batch.tokens.shape[1]
-        stream = Stream(batch.positions, batch.doc_ids, self.exchange, tokens_before)
+        stream = Stream(batch.positions, batch.doc_ids, self.exchange)
         for mixer in self.mixers():
             mixer.prepare(stream)
         x = self.embedding(batch.tokens)

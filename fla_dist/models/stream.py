@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.attention import AttentionMask, attention_mask
+from fla_dist.kernels.attention import AttentionMask, attention, attention_mask
 from fla_dist.kernels.state import Scan
 from fla_dist.parallel.exchange import Exchange, LocalExchange
 
@@ -23,22 +23,18 @@ class Stream:
         doc_ids: [B, T] int32, 0 for the document that was open before the slice, rising by one
             where one starts.
         scan: joins recurrent states.
-        tokens_before: of the sequence, on the ranks before this one.
     """
 
-    def __init__(
-        self, positions: Tensor, doc_ids: Tensor, exchange: Exchange, tokens_before: int = 0
-    ) -> None:
+    def __init__(self, positions: Tensor, doc_ids: Tensor, exchange: Exchange) -> None:
         self.positions = positions
         self.doc_ids = doc_ids
         self.scan: Scan = exchange.scan
         self.exchange = exchange
-        self.tokens_before = tokens_before
         self._masks: dict[tuple[int | None, int], AttentionMask] = {}
         self._shared: dict[str, Tensor] = {}
 
     def with_exchange(self, exchange: Exchange) -> Stream:
-        stream = Stream(self.positions, self.doc_ids, exchange, self.tokens_before)
+        stream = Stream(self.positions, self.doc_ids, exchange)
         stream._masks, stream._shared = self._masks, self._shared
         return stream
 
@@ -55,13 +51,17 @@ class Stream:
             self._masks[key] = attention_mask(self.positions, context=context, window=window)
         return self._masks[key]
 
-    def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
-        """The `width` tokens before x [B, T, ...], zeros where there were none; all there are for
-        None.
+    def before(self, name: str, x: Tensor, width: int) -> Tensor:
+        """The `width` tokens before x [B, T, ...], zeros where there were none.
 
         `name` tells the contexts of one mixer apart.
         """
         return self.exchange.before(x, width)
+
+    def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention of q [B, T, H, K] to k and v [B, T, G, K] and to all that came before,
+        inside documents; [B, T, H, K]."""
+        return self.exchange.attention(q, k, v, self)
 
     def initial_state(self, name: str) -> Tensor | None:
         """The recurrent state before the first token of the sequence."""
@@ -83,13 +83,21 @@ class CachedStream(Stream):
         self._cache = cache
         self._shared = shared
 
-    def before(self, name: str, x: Tensor, width: int | None) -> Tensor:
+    def before(self, name: str, x: Tensor, width: int) -> Tensor:
         past = self._cache.get(name)
         if past is None:
             past = self.exchange.before(x, width)
         whole = torch.cat([past, x], dim=1)
-        self._cache[name] = whole if width is None else whole[:, whole.shape[1] - width :]
+        self._cache[name] = whole[:, whole.shape[1] - width :]
         return past
+
+    def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = torch.stack([k, v], dim=2)
+        if name in self._cache:
+            kv = torch.cat([self._cache[name], kv], dim=1)
+        self._cache[name] = kv
+        mask = self.attention_mask(None, kv.shape[1] - q.shape[1])
+        return attention(q, *kv.unbind(dim=2), mask)
 
     def initial_state(self, name: str) -> Tensor | None:
         return self._cache.get(name)

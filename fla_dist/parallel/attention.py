@@ -154,33 +154,6 @@ def _with_gradients(
 # All-gather ---------------------------------------------------------------------------------------
 
 
-def gather_before(x: Tensor, slices: Slices) -> Tensor:
-    """All tokens of the sequence before this rank's slice.
-
-    Args:
-        x: [B, T, ...], this rank's slice.
-
-    Returns:
-        [B, tokens of the ranks before, ...]; its gradient is summed over ranks and scattered to
-        those that hold the tokens.
-    """
-    return _GatherBefore.apply(x, slices)
-
-
-class _GatherBefore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, slices):
-        ctx.slices, ctx.length = slices, x.shape[1]
-        whole = exchange(_gather_tokens(x, slices), slices, "tokens before, forward")
-        return whole[:, : sum(slices.lengths_beside(x.shape[1])[: slices.rank])]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        own = gradient.new_zeros(gradient.shape[0], ctx.length, *gradient.shape[2:])
-        steps = _scatter_tokens(torch.cat([gradient, own], dim=1), ctx.length, ctx.slices)
-        return exchange(steps, ctx.slices, "tokens before, backward"), None
-
-
 class _AllGather:
     def __init__(self, slices: Slices, mask: AttentionMask) -> None:
         self._slices, self._mask = slices, mask

@@ -18,7 +18,6 @@ from fla_dist.parallel.attention import (
     WholeMask,
     attention_way,
     full_attention,
-    gather_before,
 )
 from fla_dist.parallel.halo import left_halo
 from fla_dist.parallel.mesh import Mesh
@@ -35,9 +34,8 @@ class Exchange(Protocol):
 
     scan: Scan
 
-    def before(self, x: Tensor, width: int | None) -> Tensor:
-        """The `width` tokens before x [B, T, ...], zeros where the sequence had not started; all
-        there are for None."""
+    def before(self, x: Tensor, width: int) -> Tensor:
+        """The `width` tokens before x [B, T, ...], zeros where the sequence had not started."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         """Full causal softmax attention of q [B, T, H, K] to the whole sequence's k and v
@@ -55,8 +53,8 @@ class LocalExchange:
 
     scan: Scan = LOCAL
 
-    def before(self, x: Tensor, width: int | None) -> Tensor:
-        return x.new_zeros(x.shape[0], width or 0, *x.shape[2:])
+    def before(self, x: Tensor, width: int) -> Tensor:
+        return x.new_zeros(x.shape[0], width, *x.shape[2:])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         return attention(q, k, v, masks.attention_mask(None, 0))
@@ -77,8 +75,8 @@ class MeshExchange:
         self._whole = whole or WholeMask()
 
     @torch.compiler.disable
-    def before(self, x: Tensor, width: int | None) -> Tensor:
-        return gather_before(x, self.slices) if width is None else left_halo(x, width, self.slices)
+    def before(self, x: Tensor, width: int) -> Tensor:
+        return left_halo(x, width, self.slices)
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -118,7 +116,7 @@ class ReplayedExchange:
         finally:
             self._replay = None
 
-    def before(self, x: Tensor, width: int | None) -> Tensor:
+    def before(self, x: Tensor, width: int) -> Tensor:
         if self._replay is not None:
             return next(self._replay)
         result = self._exchange.before(x, width)

@@ -61,16 +61,20 @@ class Attention(Mixer):
             rotate(q, stream.positions, self.rope_theta),
             rotate(k, stream.positions, self.rope_theta),
         )
-        kv = torch.stack([k, v], dim=2)
-        width = None if self.window_size is None else self.window_size - 1
-        k, v = torch.cat([stream.before("kv", kv, width), kv], dim=1).unbind(dim=2)
-        mask = stream.attention_mask(self.window_size, k.shape[1] - q.shape[1])
-        o = attention(q, k, v, mask)
+        if self.window_size is None:
+            o = stream.full_attention("kv", q, k, v)
+        else:
+            kv = torch.stack([k, v], dim=2)
+            before = stream.before("kv", kv, self.window_size - 1)
+            k, v = torch.cat([before, kv], dim=1).unbind(dim=2)
+            o = attention(q, k, v, stream.attention_mask(self.window_size, before.shape[1]))
         return self.output(rearrange(o, "b t h k -> b t (h k)"))
 
     def prepare(self, stream: Stream) -> None:
-        context = stream.tokens_before if self.window_size is None else self.window_size - 1
-        stream.attention_mask(self.window_size, context)
+        if self.window_size is None:
+            stream.exchange.prepare_attention(self.num_heads, self.num_kv_heads, stream)
+        else:
+            stream.attention_mask(self.window_size, self.window_size - 1)
 
     def flops_per_token(self, sequence_length: int) -> float:
         window = min(self.window_size or sequence_length, sequence_length)
