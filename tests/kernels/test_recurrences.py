@@ -20,6 +20,9 @@ from fla_dist.kernels.gated_delta_rule.reference import (
 )
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.hgrn.reference import hgrn_chunked, hgrn_recurrent
+from fla_dist.kernels.hgrn2 import hgrn2
+from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
@@ -87,6 +90,17 @@ def retention_inputs(length: int, decay: float) -> list[Tensor]:
     return [q, k, v, -decay / 10 * torch.rand(2), state]
 
 
+def hgrn_inputs(length: int, decay: float) -> list[Tensor]:
+    return [
+        torch.randn(2, length, 6), -decay * torch.rand(2, length, 6), torch.randn(2, 6)
+    ]  # fmt: skip
+
+
+def hgrn2_inputs(length: int, decay: float) -> list[Tensor]:
+    q, _, v, g, state = gla_inputs(length, decay)
+    return [q, v, g, state]
+
+
 FAMILIES = {
     "delta_rule": (delta_rule_inputs, gla_form, delta_rule_recurrent, delta_rule_chunked),
     "gated_delta_rule": (
@@ -98,6 +112,8 @@ FAMILIES = {
     "kda": (delta_inputs, gla_form, kda_recurrent, kda_chunked),
     "rwkv7": (rwkv7_inputs, gla_form, rwkv7_recurrent, rwkv7_chunked),
     "gla": (gla_inputs, gla_form, gla_recurrent, gla_chunked),
+    "hgrn": (hgrn_inputs, mamba_form, hgrn_recurrent, hgrn_chunked),
+    "hgrn2": (hgrn2_inputs, gla_form, hgrn2_recurrent, hgrn2),
     "mamba": (mamba_inputs, mamba_form, selective_scan_recurrent, selective_scan_chunked),
     "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
     "simple_gla": (simple_gla_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),

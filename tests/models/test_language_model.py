@@ -196,6 +196,8 @@ def test_parameters_that_stay_fp32_are_marked() -> None:
         ("retention", {"num_heads": 3}, "num_heads: 3, expected so many that"),
         ("retention", {"expand_v": 0.3}, "expand_v: gives a width of 4.8"),
         ("linear_attention", {"num_heads": 3}, "num_heads: 3, expected a divisor of the width 16"),
+        ("hgrn", {"expand": 0}, "expand: 0, expected at least 1"),
+        ("hgrn2", {"expansion": 3}, "expansion: 3, expected a divisor of the width 16"),
         ("mamba", {"state_size": 0}, "state_size: 0, expected at least 1"),
         ("mamba", {"time_step_rank": 0}, "time_step_rank: 0"),
     ],

@@ -27,6 +27,8 @@ MIXERS = {
         "value_rank": 3,
         "gate_rank": 3,
     },
+    "hgrn": {},
+    "hgrn2": {"expansion": 4},
 }
 """The window is longer than a slice of 12 tokens and shorter than one of 24."""
 
@@ -37,6 +39,7 @@ PATTERNS = {
     "retention": ("retention", "linear_attention"),
     "delta": ("delta_net", "gated_delta_net", "kda"),
     "rwkv7": ("rwkv7",),
+    "hgrn": ("hgrn", "hgrn2"),
     "all": tuple(MIXERS),
 }
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fla_dist.kernels.attention import attention, attention_mask
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.hgrn.reference import hgrn_chunked, hgrn_recurrent
+from fla_dist.kernels.hgrn2 import hgrn2
+from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
@@ -45,6 +48,28 @@ def simple_gla_case(
     output, state = function(
         x["q"], x["k"], x["v"], g,
         scale=0.5, initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
+def hgrn2_case(
+    local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str
+) -> dict[str, Tensor]:
+    function = hgrn2_recurrent if form == "truth" else hgrn2
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan}
+    output, state = function(
+        x["q"], x["v"], -x["g"].square(),
+        scale=0.5, initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
+def hgrn_case(local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    function = hgrn_recurrent if form == "truth" else hgrn_chunked
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    output, state = function(
+        x["x"], -x["g1"].square(),
+        initial_state=x["mamba_state"][..., 0], doc_ids=doc_ids_of(positions), **extra,
     )  # fmt: skip
     return {"output": output, "final": state}
 
@@ -82,6 +107,8 @@ def convolution_case(
 
 CASES = {
     "gla": (gla_case, {}),
+    "hgrn": (hgrn_case, {}),
+    "hgrn2": (hgrn2_case, {}),
     "mamba": (mamba_case, {}),
     "retention": (simple_gla_case, {"decay": "head"}),
     "simple gla": (simple_gla_case, {"decay": "token"}),

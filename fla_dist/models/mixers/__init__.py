@@ -6,6 +6,8 @@ from fla_dist.models.mixers.delta_net import DeltaNet
 from fla_dist.models.mixers.gated_delta_net import GatedDeltaNet
 from fla_dist.models.mixers.gla import GatedLinearAttention
 from fla_dist.models.mixers.kda import KimiDeltaAttention
+from fla_dist.models.mixers.hgrn import HGRN
+from fla_dist.models.mixers.hgrn2 import HGRN2
 from fla_dist.models.mixers.linear_attention import LinearAttention
 from fla_dist.models.mixers.mamba import Mamba
 from fla_dist.models.mixers.retention import Retention
@@ -17,6 +19,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "gla": GatedLinearAttention,
     "kda": KimiDeltaAttention,
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
     "linear_attention": LinearAttention,
     "mamba": Mamba,
     "retention": Retention,

@@ -1,0 +1,89 @@
+"""HGRN's launches as torch.library ops: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fla_dist.kernels.hgrn.triton_kernels import backward_kernel, forward_kernel
+from fla_dist.kernels.state import RESET
+
+ROWS, ROW, UNROLL, GROUP, BLOCK = 8, 16, 4, 16, 128
+"""Rows of a segment (a warp each), tokens of a row, tokens whose loads are in flight together,
+segments of a group, channels of a program. A segment is short, so that what the running programs
+read the first time is still in the cache the second time."""
+
+
+def _launch(x: Tensor) -> tuple[tuple[int, int, int], list[Tensor], dict[str, Any]]:
+    """The grid, the maps, carried states and arrivals, and the settings."""
+    batch, length, channels = x.shape
+    block = min(BLOCK, max(16, triton.next_power_of_2(channels)))
+    blocks, count = triton.cdiv(channels, block), triton.cdiv(length, ROWS * ROW)
+    groups = triton.cdiv(count, GROUP)
+    joining = [
+        x.new_empty(batch, count, 2, channels, dtype=torch.float32),
+        x.new_empty(batch, groups, channels, dtype=torch.float32),
+        x.new_zeros(batch, groups, blocks, dtype=torch.int32),
+    ]
+    even = length % (ROWS * ROW) == 0 and channels % block == 0
+    settings = dict(
+        D=channels, RESET=RESET, R=ROWS, L=ROW, U=UNROLL, BD=block, GROUP=GROUP, EVEN=even,
+        num_warps=ROWS,
+    )  # fmt: skip
+    return (blocks, count, batch), joining, settings
+
+
+@torch.library.custom_op("fla_dist::hgrn_forward", mutates_args=())
+def forward(
+    x: Tensor, g: Tensor, starts: Tensor | None, initial: Tensor | None, write: bool
+) -> tuple[Tensor, Tensor]:
+    """The output [B, T, D] (empty unless `write`) and the final state [B, D]."""
+    batch, length, channels = x.shape
+    h = x.new_empty(x.shape if write else (0,))
+    final = x.new_empty(batch, channels, dtype=torch.float32)
+    grid, joining, settings = _launch(x)
+    forward_kernel[grid](
+        x, g, x if starts is None else starts, x if initial is None else initial, h, final,
+        *joining, length, x.stride(0), g.stride(0),
+        x_stride_t=x.stride(1), g_stride_t=g.stride(1),
+        HAS_INITIAL=initial is not None, PACKED=starts is not None, WRITE=write, **settings,
+    )  # fmt: skip
+    return h, final
+
+
+@forward.register_fake
+def _(x, g, starts, initial, write):
+    final = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+    return x.new_empty(x.shape if write else (0,)), final
+
+
+@torch.library.custom_op("fla_dist::hgrn_backward", mutates_args=())
+def backward(
+    x: Tensor, g: Tensor, h: Tensor, dh: Tensor, starts: Tensor | None, initial: Tensor | None,
+    final_gradient: Tensor | None, write: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and g (empty unless `write`) and of the initial state [B, D]."""
+    batch, length, channels = x.shape
+    shape = x.shape if write else (0,)
+    dx, dg = x.new_empty(shape), g.new_empty(shape)
+    initial_gradient = x.new_empty(batch, channels, dtype=torch.float32)
+    grid, joining, settings = _launch(x)
+    backward_kernel[grid](
+        x, g, h, dh, x if starts is None else starts, x if initial is None else initial,
+        x if final_gradient is None else final_gradient, dx, dg, initial_gradient,
+        *joining, length, x.stride(0), g.stride(0), dh.stride(0),
+        x_stride_t=x.stride(1), g_stride_t=g.stride(1), dh_stride_t=dh.stride(1),
+        HAS_INITIAL=initial is not None, HAS_FINAL=final_gradient is not None,
+        PACKED=starts is not None, WRITE=write, **settings,
+    )  # fmt: skip
+    return dx, dg, initial_gradient
+
+
+@backward.register_fake
+def _(x, g, h, dh, starts, initial, final_gradient, write):
+    shape = x.shape if write else (0,)
+    state = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+    return x.new_empty(shape), g.new_empty(shape), state

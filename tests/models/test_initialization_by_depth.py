@@ -1,0 +1,22 @@
+"""What mixers initialize by their layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fla_dist.models import LanguageModel
+from tests.models.tiny import tiny_config
+
+
+@pytest.mark.parametrize("name", ["hgrn", "hgrn2"])
+def test_lower_bounds_of_forget_gates_rise_with_depth(name: str) -> None:
+    config = tiny_config("hgrn", layer_pattern=(name,), num_hidden_layers=4)
+    model = LanguageModel(config)
+    model.initialize(seed=0)
+    least, most = torch.full((1, 16), -1e4), torch.full((1, 16), 1e4)
+    for index, block in enumerate(model.blocks):
+        gate = block.mixer.forget_gate
+        bound = torch.full((1, 16), (index + 0.5) / 4)
+        torch.testing.assert_close(gate(least).exp(), bound)
+        torch.testing.assert_close(gate(most), torch.zeros(1, 16))
