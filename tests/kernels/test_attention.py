@@ -93,6 +93,53 @@ def test_hidden_keys_have_no_influence() -> None:
     assert torch.equal(before[:, 6:], after[:, 6:]) and not torch.equal(before, after)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)]
+)
+@pytest.mark.parametrize(
+    ("length", "context", "kv_heads", "window", "starts", "open_before"),
+    [
+        (2100, 0, 2, None, [0], 0),
+        (2100, 0, 1, None, [0], 0),
+        (2100, 0, 1, None, [0, 5, 700, 701, 1500], 0),
+        (2100, 0, 2, 1024, [0], 0),
+        (2100, 0, 2, 1024, [0, 5, 700, 701], 0),
+        (2100, 1023, 2, 1024, [0, 700], 0),
+        (2100, 1023, 2, 1024, [300], 5000),
+        (1024, 2048, 2, None, [100, 900], 2048),
+        (1024, 2048, 2, None, [1023], 2048),
+        (100, 63, 2, 64, [0, 50], 0),
+    ],
+)
+def test_gpu_equals_fp64(
+    length: int,
+    context: int,
+    kv_heads: int,
+    window: int | None,
+    starts: list[int],
+    open_before: int,
+    dtype: torch.dtype,
+    bound: float,
+) -> None:
+    torch.manual_seed(0)
+    positions = positions_of(starts, length)[None]
+    positions[:, : min(starts)] += open_before
+    positions = positions.cuda()
+    q, do = (torch.randn(1, length, 2, 64, device="cuda", dtype=dtype) for _ in range(2))
+    k, v = (
+        torch.randn(1, context + length, kv_heads, 64, device="cuda", dtype=dtype) for _ in "kv"
+    )
+    outcomes = []
+    for function, wide in ((attend, dtype), (reference.attention_dense, torch.float64)):
+        inputs = [x.detach().to(wide).requires_grad_() for x in (q, k, v)]
+        output = function(*inputs, positions, window)
+        outcomes.append([output, *torch.autograd.grad(output, inputs, do.to(wide))])
+    for got, expected in zip(*outcomes, strict=True):
+        assert (got.double() - expected).norm() <= bound * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,8 +13,10 @@ from fla_dist.kernels.mamba import op as mamba
 from fla_dist.models import LanguageModel, block
 from fla_dist.models.block import Block
 from fla_dist.models.stream import Stream
+from fla_dist.parallel.mesh import Mesh, build_mesh
 from tests.models.tiny import tiny_config
 from tests.packing import packed_tokens
+from tests.parallel.ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +33,19 @@ def without_code_generation(
     return torch.compile(function, backend="aot_eager", dynamic=False, fullgraph=fullgraph)
 
 
-def gradients(pattern: str, mode: str, compiled: bool) -> list[Tensor]:
-    config = tiny_config(pattern, num_hidden_layers=4)
-    model = LanguageModel(config, activation_checkpointing=mode, compiled=compiled)
+def gradients(
+    pattern: str,
+    mode: str,
+    compiled: bool,
+    mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
+    layers: int = 4,
+) -> list[Tensor]:
+    config = tiny_config(pattern, num_hidden_layers=layers)
+    model = LanguageModel(config, mesh=mesh, activation_checkpointing=mode, compiled=compiled)
     model.initialize(seed=0)
     model.double()
-    loss = model(packed_tokens([[0, 20], [0]], 37))
+    batch = packed_tokens([[0, 20], [0]], 37)
+    loss = model(batch.slice(mesh.sequence_parallel_rank, mesh.sequence_parallel_size))
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
@@ -60,6 +69,31 @@ def test_compiled_blocks_change_nothing(
         torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
     if fullgraph:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for four blocks
+
+
+@pytest.mark.slow
+def test_exchanges_break_graphs_beside_the_operators() -> None:
+    """On ranks of one sequence the numbers are the same, and layers share their graphs."""
+    for errors, graphs in run_ranks(2, compiled_on_ranks):
+        assert max(errors) < 1e-12
+        assert graphs[4] == graphs[8] > 0
+
+
+def compiled_on_ranks() -> tuple[list[float], dict[int, int]]:
+    torch.set_num_threads(1)
+    mesh = build_mesh(2)
+    block._compiled = partial(without_code_generation, fullgraph=False)
+    errors = []
+    for pattern, mode in (("samba", "none"), ("attention", "selective"), ("attention", "full")):
+        outcomes = [gradients(pattern, mode, compiled, mesh) for compiled in (False, True)]
+        errors += [(a - b).abs().max().item() for a, b in zip(*outcomes, strict=True)]
+    graphs = {}
+    for layers in (4, 8):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        gradients("samba", "none", True, mesh, layers)
+        graphs[layers] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return errors, graphs
 
 
 @pytest.mark.parametrize(
