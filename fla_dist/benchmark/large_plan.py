@@ -67,9 +67,7 @@ def main() -> None:
         "resume_to_first_batch_seconds": round(load_seconds + first_batch_seconds, 3),
         "state_bytes": len(json.dumps(pipeline.state_dict())),
         "peak_memory_of_imports_mib": round(imported),
-        # With the pages of shards that are mapped, which the system takes back when it needs them.
         "peak_memory_mib": round(memory_mib("VmHWM")),
-        "anonymous_memory_mib": round(memory_mib("RssAnon")),
     }
     pipeline.close()
     print(json.dumps(result))

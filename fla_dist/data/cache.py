@@ -33,7 +33,7 @@ from fla_dist.data.shard import Shard, write_atomically, write_shard
 from fla_dist.data.tokenizer import Tokenizer
 from fla_dist.data.units import Unit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

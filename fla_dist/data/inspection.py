@@ -70,7 +70,7 @@ def describe(plan: Plan, data: DataConfig, split: Split) -> Iterator[str]:
         yield from _describe_source(source.key, source.weight, parts)
 
     def shuffled(source: int, unit: int, key: int) -> ShuffledShard:
-        return ShuffledShard.make(shards[source][unit], key)
+        return ShuffledShard(shards[source][unit], key)
 
     order = make_order(
         plan,

@@ -38,7 +38,6 @@ STATE_VERSION = 1
 PREFETCHED_BATCHES = 2
 OPEN_SHARDS = 16
 KNOWN_COUNTS = 4096
-READS_UNTIL_RELEASE = 16
 READ_ATTEMPTS = 3
 
 
@@ -80,7 +79,6 @@ class ShardReader:
         self._cache = plan.cache
         self._builder = builder
         self._keep = keep
-        self._reads = 0
         self.quarantined: set[tuple[int, int]] = set()
         self.count_tokens = functools.lru_cache(maxsize=KNOWN_COUNTS)(self._count_tokens)
         self._open: OrderedDict[tuple[int, int, int], ShuffledShard] = OrderedDict()
@@ -118,15 +116,11 @@ class ShardReader:
 
     def open(self, span: Span) -> ShuffledShard:
         name = (span.source, span.unit, span.key)
-        self._reads += 1
-        if self._reads % READS_UNTIL_RELEASE == 0:
-            for held in self._open.values():
-                held.shard.release_pages()
         shard = self._open.get(name)
         if shard is None:
             unit = self._unit(span)
             self._builder.wait_for(unit)
-            shard = self._open[name] = ShuffledShard.make(self._cache.open(unit), span.key)
+            shard = self._open[name] = ShuffledShard(self._cache.open(unit), span.key)
             if len(self._open) > self._keep:
                 self._open.popitem(last=False)
         self._open.move_to_end(name)

@@ -3,20 +3,23 @@
     magic 8 B | header's length 4 B | header's crc32 4 B | header, JSON
     tokens    uint16 or uint32, all documents one after another
     ends      uint64, each document's end in tokens
-    crcs      uint32, one a 1 MiB block of tokens-and-ends
+    crcs      uint32, one a 16 KiB block of tokens-and-ends
 
 A shard is written under a temporary name, flushed to the disk and renamed, so a name that exists is
 a whole shard. Its header, size, crcs and ends are checked when it is opened, its tokens block by
-block when they are first read.
+block when they are first read. Blocks are as small as what is read at once, or each rank of a
+sequence-parallel group would check nearly every block for its slices. A shard is read and not
+mapped: mapped pages count as the reader's memory, and a disk's error would be a signal that ends
+the process instead of an exception.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import socket
 import uuid
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +29,9 @@ import numpy as np
 
 from fla_dist.data.errors import DamagedShardError
 
-MAGIC = b"FLATOK01"
+MAGIC = b"FLATOK02"
 PREFIX_BYTES = 16
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -94,77 +97,83 @@ def write_shard(
 
 
 class Shard:
-    """A memory-mapped shard.
+    """An open shard.
 
     Attributes:
-        tokens: [tokens], a view of the file; `check` what is read of it.
         begins: [documents + 1] where each document begins, and the end of the last.
 
     Raises:
         DamagedShardError: at opening or reading, where the bytes are not those written.
         FileNotFoundError: there is none.
+        OSError: the disk cannot read it.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, "rb") as file:
-            prefix = file.read(PREFIX_BYTES)
-            length, crc = int.from_bytes(prefix[8:12], "little"), prefix[12:16]
-            text = file.read(length) if prefix[:8] == MAGIC else b""
-            if len(text) != length or zlib.crc32(text).to_bytes(4, "little") != crc:
-                raise DamagedShardError(f"{path}: its header is damaged")
-            self.header = ShardHeader(**json.loads(text))
-            itemsize = np.dtype(self.header.dtype).itemsize
-            token_bytes = self.header.tokens * itemsize
-            self._data_bytes = token_bytes + 8 * self.header.documents
-            num_blocks = -(-self._data_bytes // BLOCK_BYTES)
-            start = PREFIX_BYTES + length
-            size = start + self._data_bytes + 4 * num_blocks
-            actual = os.fstat(file.fileno()).st_size
-            if actual != size:
-                raise DamagedShardError(f"{path}: {actual} bytes, its header says {size}")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        view = memoryview(self._map)
-        self._start = start
-        self._data = view[start : start + self._data_bytes]
-        crcs = view[start + self._data_bytes :]
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        prefix = os.pread(self._file, PREFIX_BYTES, 0)
+        length, crc = int.from_bytes(prefix[8:12], "little"), prefix[12:16]
+        size = os.fstat(self._file).st_size
+        good = prefix[:8] == MAGIC and length <= size
+        text = os.pread(self._file, length, PREFIX_BYTES) if good else b""
+        if len(text) != length or zlib.crc32(text).to_bytes(4, "little") != crc:
+            raise DamagedShardError(f"{path}: its header is damaged")
+        self.header = ShardHeader(**json.loads(text))
+        self._itemsize = np.dtype(self.header.dtype).itemsize
+        token_bytes = self.header.tokens * self._itemsize
+        self._data_bytes = token_bytes + 8 * self.header.documents
+        self._start = PREFIX_BYTES + length
+        num_blocks = -(-self._data_bytes // BLOCK_BYTES)
+        expected = self._start + self._data_bytes + 4 * num_blocks
+        if size != expected:
+            raise DamagedShardError(f"{path}: {size} bytes, its header says {expected}")
+        crcs = bytearray(4 * num_blocks)
+        self._read(self._data_bytes, crcs)
         if zlib.crc32(crcs) != self.header.crcs_crc32:
             raise DamagedShardError(f"{path}: its table of checksums is damaged")
         self._crcs = np.frombuffer(crcs, np.uint32)
         self._unchecked = bytearray(b"\1" * num_blocks)
-        self._itemsize = itemsize
-        self.tokens = np.frombuffer(self._data[:token_bytes], self.header.dtype)
-        # Copied, since every use of a shard reads all of it: ends may lie unaligned in the file.
+        self._num_unchecked = num_blocks
+        self._block = bytearray(BLOCK_BYTES)
         self._check(token_bytes, self._data_bytes)
-        ends = np.frombuffer(bytes(self._data[token_bytes:]), np.uint64).astype(np.int64)
-        self.begins = np.concatenate([np.zeros(1, np.int64), ends])  # [documents + 1]
+        self.begins = np.zeros(self.header.documents + 1, np.int64)
+        self._read(token_bytes, self.begins[1:].data)
 
-    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Checks the blocks that hold tokens [start, stop) of each pair, before they are read."""
-        if any(self._unchecked):
-            first_bytes = (starts * self._itemsize).tolist()
-            last_bytes = (stops * self._itemsize).tolist()
-            for first_byte, last_byte in zip(first_bytes, last_bytes, strict=True):
-                self._check(first_byte, last_byte)
+    def read(self, starts: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
+        """Copies the tokens from `starts[i]` on to `out[bounds[i] : bounds[i + 1]]`.
 
-    def release_pages(self) -> None:
-        """Lets go of the file's pages in this process's memory; the system's cache keeps them."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        Args:
+            out: of the shard's dtype, contiguous.
+        """
+        itemsize = self._itemsize
+        view = out.data.cast("B")
+        begins = (bounds * itemsize).tolist()
+        for i, offset in enumerate((starts * itemsize).tolist()):
+            begin, end = begins[i], begins[i + 1]
+            if self._num_unchecked:
+                self._check(offset, offset + end - begin)
+            self._read(offset, view[begin:end])
 
     def verify(self) -> None:
         """Checks every byte."""
         self._check(0, self._data_bytes)
 
+    def _read(self, offset: int, out: bytearray | memoryview) -> None:
+        """Fills `out` from a byte of the data on."""
+        wanted = memoryview(out).nbytes
+        if os.preadv(self._file, [out], self._start + offset) != wanted:
+            raise DamagedShardError(f"{self.path}: was cut off while it was open")
+
     def _check(self, first_byte: int, last_byte: int) -> None:
         for block in range(first_byte // BLOCK_BYTES, -(-last_byte // BLOCK_BYTES)):
             if self._unchecked[block]:
                 offset = block * BLOCK_BYTES
-                if zlib.crc32(self._data[offset : offset + BLOCK_BYTES]) != self._crcs[block]:
+                part = memoryview(self._block)[: self._data_bytes - offset]
+                self._read(offset, part)
+                if zlib.crc32(part) != self._crcs[block]:
                     raise DamagedShardError(
-                        f"{self.path}: 1 MiB block {block} of {len(self._unchecked)} is damaged"
+                        f"{self.path}: block {block} of {len(self._crcs)} is damaged"
                     )
                 self._unchecked[block] = 0
-                # Of a block, little is read at once: its pages need not stay in this process.
-                page = (self._start + offset) // mmap.PAGESIZE * mmap.PAGESIZE
-                end = min(self._start + offset + BLOCK_BYTES, len(self._map))
-                self._map.madvise(mmap.MADV_DONTNEED, page, end - page)
+                self._num_unchecked -= 1

@@ -28,6 +28,7 @@ from fla_dist.data.units import (
     Files,
     TextRule,
     UnitTable,
+    dump_division,
     load_division,
     make_table,
 )
@@ -35,7 +36,7 @@ from fla_dist.data.units import (
 LARGEST_UNIT_BYTES = 32 << 20
 SMALLEST_UNIT_BYTES = 64 << 10
 UNITS_OF_A_SMALL_SOURCE = 32  # so that training can start on its first ones, and lanes differ
-DIVISION_VERSION = 1
+DIVISION_VERSION = 2
 TYPICAL_COMPRESSION = 4
 
 SUFFIXES = {
@@ -211,13 +212,15 @@ def _divide(files: Files, rule: TextRule, key: str, plans: Path | None) -> Seque
                 division.end_unit()
                 filled = 0
     division.end_unit()
+    arrays = division.arrays()
+    del division  # of a million units, it is tens of megabytes
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, [division.to_bytes()])
+            write_atomically(path, [dump_division(arrays)])
         except OSError as error:
             raise DataError(f"data.cache_dir: {path.parent}: {error.strerror}") from error
-    return division.arrays()
+    return arrays
 
 
 def _ranges(

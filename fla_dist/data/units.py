@@ -176,7 +176,7 @@ class UnitTable(Sequence[Unit]):
             digest.update(self.root.encode())
             arrays.append(self.mtimes_ns)
         for values in arrays:
-            digest.update(len(values).to_bytes(8, "little"))
+            digest.update(f"{len(values)} {values.dtype.str} ".encode())
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
@@ -218,19 +218,27 @@ class Division:
 
     def arrays(self) -> Sequence[np.ndarray]:
         values = (self.files, self.starts, self.stops, self.ends)
-        return [np.frombuffer(value, np.int64) for value in values]
+        return [_compact(np.frombuffer(value, np.int64)) for value in values]
 
-    def to_bytes(self) -> bytes:
-        buffer = io.BytesIO()
-        np.savez(buffer, *self.arrays())
-        return buffer.getvalue()
+
+def _compact(values: np.ndarray) -> np.ndarray:
+    """The same integers in the narrowest type that holds them, WHOLE included."""
+    largest = int(values.max(initial=0))
+    kinds = (np.int8, np.int16, np.int32, np.int64)
+    return values.astype(next(kind for kind in kinds if largest <= np.iinfo(kind).max))
+
+
+def dump_division(arrays: Sequence[np.ndarray]) -> memoryview:
+    buffer = io.BytesIO()
+    np.savez(buffer, *arrays)
+    return buffer.getbuffer()
 
 
 def load_division(path: Path) -> Sequence[np.ndarray]:
     """
     Raises:
         OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: not there, or not what
-            `to_bytes` gave; npz has checksums.
+            `dump_division` gave; npz has checksums.
     """
     with np.load(path) as stored:
         return [stored[f"arr_{i}"] for i in range(4)]
@@ -252,7 +260,7 @@ def make_table(key: str, rule: TextRule, files: Files, division: Sequence[np.nda
         sizes=np.array(files.sizes, np.int64),
         mtimes_ns=np.array(files.mtimes_ns, np.int64),
         formats=np.array([FORMATS.index(name) for name in files.formats], np.uint8),
-        piece_files=piece_files.astype(np.uint32),
+        piece_files=piece_files,
         piece_starts=piece_starts,
         piece_stops=piece_stops,
         ends=ends,

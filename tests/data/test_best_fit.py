@@ -28,7 +28,7 @@ def make_order(sources: list[list[list[int]]], **options) -> BestFitOrder:
     def begins(source: int, unit: int, key: int) -> np.ndarray:
         if (source, unit, key) not in shards:
             fake = FakeShard(sources[source][unit], 0)
-            shards[source, unit, key] = ShuffledShard.make(fake, key)  # type: ignore[arg-type]
+            shards[source, unit, key] = ShuffledShard(fake, key)  # type: ignore[arg-type]
         return shards[source, unit, key].begins
 
     return BestFitOrder(
@@ -99,7 +99,7 @@ def test_windows_of_real_lengths_are_full():
 @settings(max_examples=150, deadline=None)
 def test_slices_are_those_of_the_whole_sequence(lengths, cut, padding, data):
     """Documents in any order, the first one's start and the last one's end cut off."""
-    shard = ShuffledShard.make(FakeShard(lengths, 100), 11)  # type: ignore[arg-type]
+    shard = ShuffledShard(FakeShard(lengths, 100), 11)  # type: ignore[arg-type]
     stream = np.empty(sum(lengths), np.int64)
     shard.read(0, sum(lengths), stream)
     pieces = list(zip(shard.begins[:-1].tolist(), shard.begins[1:].tolist(), strict=True))

@@ -32,7 +32,9 @@ def test_round_trip(tmp_path_factory, documents, dtype):
     write(path, documents, dtype)
     shard = Shard(path)
     begins = shard.begins.tolist()
-    got = [shard.tokens[a:b].tolist() for a, b in zip(begins, begins[1:], strict=False)]
+    tokens = np.empty(shard.header.tokens, dtype)
+    shard.read(shard.begins[:-1], shard.begins, tokens)
+    got = [tokens[a:b].tolist() for a, b in zip(begins, begins[1:], strict=False)]
     assert got == documents
     assert shard.header.tokens == sum(map(len, documents))
 
@@ -59,9 +61,9 @@ def test_a_block_is_checked_at_its_first_read(tmp_path, monkeypatch):
     data[first_token + 2 * 40] ^= 1  # token 40, in the second block
     path.write_bytes(data)
     shard = Shard(path)
-    shard.check(np.array([0]), np.array([32]))
+    shard.read(np.array([0]), np.array([0, 32]), np.empty(32, np.uint16))
     with pytest.raises(DamagedShardError, match="block 1 of"):
-        shard.check(np.array([0, 30]), np.array([1, 33]))
+        shard.read(np.array([0, 30]), np.array([0, 1, 4]), np.empty(4, np.uint16))
 
 
 @pytest.mark.parametrize("size", [0, 3, 16, 40, -1])

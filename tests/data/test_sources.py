@@ -286,7 +286,7 @@ def test_a_table_of_many_units_is_small(tmp_path):
     (source,) = resolve_sources([SourceConfig(str(tmp_path))], "data.sources")
     table = source.units
     assert len(table) == 8 * 4096
-    assert sum(v.nbytes for v in vars(table).values() if hasattr(v, "nbytes")) < 40 * len(table)
+    assert sum(v.nbytes for v in vars(table).values() if hasattr(v, "nbytes")) < 24 * len(table)
     piece = table[4096 * 5 + 1].pieces[0]
     assert (piece.name, piece.start, piece.stop) == ("5.txt", 32 << 20, 64 << 20)
     with pytest.raises(IndexError):
