@@ -20,12 +20,15 @@ from fla_dist.kernels.gated_delta_rule.reference import (
 )
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.gsa.reference import gsa_chunked, gsa_recurrent
 from fla_dist.kernels.hgrn.reference import hgrn_chunked, hgrn_recurrent
 from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.rwkv6 import rwkv6
+from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
 from fla_dist.kernels.state import LocalScan
@@ -101,6 +104,16 @@ def hgrn2_inputs(length: int, decay: float) -> list[Tensor]:
     return [q, v, g, state]
 
 
+def rwkv6_inputs(length: int, decay: float) -> list[Tensor]:
+    *tensors, state = gla_inputs(length, decay)
+    return [*tensors, torch.randn(2, 5), state]
+
+
+def gsa_inputs(length: int, decay: float) -> list[Tensor]:
+    q, k, v, _, _ = gla_inputs(length, decay)
+    return [q, k, v, -decay * torch.rand(2, length, 2, 3), torch.randn(2, 2, 3, 12)]
+
+
 FAMILIES = {
     "delta_rule": (delta_rule_inputs, gla_form, delta_rule_recurrent, delta_rule_chunked),
     "gated_delta_rule": (
@@ -112,10 +125,12 @@ FAMILIES = {
     "kda": (delta_inputs, gla_form, kda_recurrent, kda_chunked),
     "rwkv7": (rwkv7_inputs, gla_form, rwkv7_recurrent, rwkv7_chunked),
     "gla": (gla_inputs, gla_form, gla_recurrent, gla_chunked),
+    "gsa": (gsa_inputs, gla_form, gsa_recurrent, gsa_chunked),
     "hgrn": (hgrn_inputs, mamba_form, hgrn_recurrent, hgrn_chunked),
     "hgrn2": (hgrn2_inputs, gla_form, hgrn2_recurrent, hgrn2),
     "mamba": (mamba_inputs, mamba_form, selective_scan_recurrent, selective_scan_chunked),
     "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
+    "rwkv6": (rwkv6_inputs, mamba_form, rwkv6_recurrent, rwkv6),
     "simple_gla": (simple_gla_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
 }
 

@@ -27,8 +27,10 @@ MIXERS = {
         "value_rank": 3,
         "gate_rank": 3,
     },
+    "gsa": {"num_heads": 2, "num_slots": 3},
     "hgrn": {},
     "hgrn2": {"expansion": 4},
+    "rwkv6": {"head_size": 4, "shift_rank": 3, "decay_rank": 3},
 }
 """The window is longer than a slice of 12 tokens and shorter than one of 24."""
 
@@ -40,6 +42,8 @@ PATTERNS = {
     "delta": ("delta_net", "gated_delta_net", "kda"),
     "rwkv7": ("rwkv7",),
     "hgrn": ("hgrn", "hgrn2"),
+    "rwkv6": ("rwkv6",),
+    "gsa": ("gsa",),
     "all": tuple(MIXERS),
 }
 

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fla_dist.kernels.attention import attention, attention_mask
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
+from fla_dist.kernels.gsa.reference import gsa_chunked, gsa_recurrent
 from fla_dist.kernels.hgrn.reference import hgrn_chunked, hgrn_recurrent
 from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.rwkv6 import rwkv6
+from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
 from fla_dist.kernels.state import LOCAL
@@ -74,6 +77,30 @@ def hgrn_case(local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str) -
     return {"output": output, "final": state}
 
 
+def rwkv6_case(
+    local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str
+) -> dict[str, Tensor]:
+    function = rwkv6_recurrent if form == "truth" else rwkv6
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan}
+    bonus = x["state"][0, :, :, 0]
+    output, state = function(
+        x["q"], x["k"], x["v"], -x["g"].square(), bonus,
+        initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
+def gsa_case(local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    function = gsa_recurrent if form == "truth" else gsa_chunked
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    output, state = function(
+        x["q"], x["k2"], x["v"], -x["g"].square(),
+        scale=0.5, initial_state=torch.cat([x["state"], x["state"][..., :4]], dim=-1),
+        doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
 def mamba_case(
     local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str
 ) -> dict[str, Tensor]:
@@ -107,9 +134,11 @@ def convolution_case(
 
 CASES = {
     "gla": (gla_case, {}),
+    "gsa": (gsa_case, {}),
     "hgrn": (hgrn_case, {}),
     "hgrn2": (hgrn2_case, {}),
     "mamba": (mamba_case, {}),
+    "rwkv6": (rwkv6_case, {}),
     "retention": (simple_gla_case, {"decay": "head"}),
     "simple gla": (simple_gla_case, {"decay": "token"}),
     "window inside a slice": (window_case, {"window": 5}),

@@ -5,12 +5,14 @@ from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.mixers.delta_net import DeltaNet
 from fla_dist.models.mixers.gated_delta_net import GatedDeltaNet
 from fla_dist.models.mixers.gla import GatedLinearAttention
-from fla_dist.models.mixers.kda import KimiDeltaAttention
+from fla_dist.models.mixers.gsa import GatedSlotAttention
 from fla_dist.models.mixers.hgrn import HGRN
 from fla_dist.models.mixers.hgrn2 import HGRN2
+from fla_dist.models.mixers.kda import KimiDeltaAttention
 from fla_dist.models.mixers.linear_attention import LinearAttention
 from fla_dist.models.mixers.mamba import Mamba
 from fla_dist.models.mixers.retention import Retention
+from fla_dist.models.mixers.rwkv6 import RWKV6
 from fla_dist.models.mixers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -19,11 +21,13 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "gla": GatedLinearAttention,
     "kda": KimiDeltaAttention,
+    "gsa": GatedSlotAttention,
     "hgrn": HGRN,
     "hgrn2": HGRN2,
     "linear_attention": LinearAttention,
     "mamba": Mamba,
     "retention": Retention,
+    "rwkv6": RWKV6,
     "rwkv7": RWKV7,
     "sliding_window_attention": SlidingWindowAttention,
 }
