@@ -9,17 +9,25 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.attention import attention, attention_mask
+from fla_dist.kernels.delta_rule.reference import delta_rule_chunked, delta_rule_recurrent
+from fla_dist.kernels.gated_delta_rule.reference import (
+    gated_delta_rule_chunked,
+    gated_delta_rule_recurrent,
+)
 from fla_dist.kernels.gla.reference import gla_chunked, gla_recurrent
 from fla_dist.kernels.gsa.reference import gsa_chunked, gsa_recurrent
 from fla_dist.kernels.hgrn.reference import hgrn_chunked, hgrn_recurrent
 from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
+from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
+from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent
 from fla_dist.kernels.state import LOCAL
@@ -74,6 +82,27 @@ def hgrn_case(local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str) -
         x["x"], -x["g1"].square(),
         initial_state=x["mamba_state"][..., 0], doc_ids=doc_ids_of(positions), **extra,
     )  # fmt: skip
+    return {"output": output, "final": state}
+
+
+def delta_case(
+    local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str, family: str
+) -> dict[str, Tensor]:
+    """Keys of length 1, beta between 0 and 2."""
+    recurrent, chunked = DELTA_RULES[family]
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    q, k, v, g = x["q"], F.normalize(x["k"], dim=-1), x["v"], -x["g"].square()
+    beta = 2 * x["k2"].mean(dim=-1).sigmoid()
+    arguments = {
+        "delta rule": (q, k, v, beta),
+        "gated delta rule": (q, k, v, g.mean(dim=-1), beta),
+        "kda": (q, k, v, g, beta),
+        "rwkv7": (q, g, x["k2"], v, -k, k * beta[..., None] / 2),
+    }[family]
+    function = recurrent if form == "truth" else chunked
+    output, state = function(
+        *arguments, scale=0.5, initial_state=x["state"], doc_ids=doc_ids_of(positions), **extra
+    )
     return {"output": output, "final": state}
 
 
@@ -132,7 +161,14 @@ def convolution_case(
     }
 
 
+DELTA_RULES = {
+    "delta rule": (delta_rule_recurrent, delta_rule_chunked),
+    "gated delta rule": (gated_delta_rule_recurrent, gated_delta_rule_chunked),
+    "kda": (kda_recurrent, kda_chunked),
+    "rwkv7": (rwkv7_recurrent, rwkv7_chunked),
+}
 CASES = {
+    **{family: (delta_case, {"family": family}) for family in DELTA_RULES},
     "gla": (gla_case, {}),
     "gsa": (gsa_case, {}),
     "hgrn": (hgrn_case, {}),
