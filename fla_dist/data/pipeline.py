@@ -6,7 +6,6 @@ import functools
 import logging
 import queue
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import chain, zip_longest
@@ -214,7 +213,6 @@ class TokenPipeline:
         keep = max(OPEN_SHARDS, 2 * lanes * len(self._plan.sources))
         self._reader = ShardReader(self._plan, self._builder, keep)
         self._start_state = self._state = self._order.state_dict()
-        self._waited_seconds = 0.0
         self._prefetched: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException]
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -236,20 +234,12 @@ class TokenPipeline:
                 target=self._prefetch, name="token-prefetch", daemon=True
             )
             self._thread.start()
-        since = time.monotonic()
         item = self._prefetched.get()
-        self._waited_seconds += time.monotonic() - since
         if isinstance(item, BaseException):
             self._ended = item
             raise item
         batch, self._state = item
         return batch
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long `next` waited for data since this was last read."""
-        waited, self._waited_seconds = self._waited_seconds, 0.0
-        return waited
 
     @property
     def quarantined_units(self) -> int:

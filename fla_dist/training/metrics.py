@@ -89,11 +89,14 @@ class StepRecord:
     local_loss_finite: bool
     step_seconds: float
     data_seconds: float
+    """How long this rank waited for its micro batches."""
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
     communication_wait_seconds: float
     """How long this rank waited for the others to have their batches and to end the step."""
+    quarantined_units: int
+    """Units of text that could not be read and were passed over since the start of the process."""
     tokens_per_second_per_gpu: float
     allocated_peak_gib: float
     active_peak_gib: float
@@ -188,6 +191,7 @@ class Records:
                 "optimizer/skipped_steps": last.skipped_steps,
                 "throughput/tokens_per_second_per_gpu": rate,
                 "progress/tokens": last.tokens,
+                "data/quarantined_units": last.quarantined_units,
             }
             if mfu is not None:
                 scalars["throughput/mfu"] = mfu

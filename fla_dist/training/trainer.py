@@ -162,6 +162,7 @@ class Trainer:
                 backward_seconds=phases["backward"],
                 optimizer_seconds=phases["optimizer"],
                 communication_wait_seconds=phases["communication_wait"],
+                quarantined_units=self.pipeline.quarantined_units,
                 tokens_per_second_per_gpu=self.plan.tokens_per_step
                 / seconds
                 / self.mesh.world_size,

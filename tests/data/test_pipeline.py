@@ -352,13 +352,6 @@ def test_a_slice_that_does_not_divide_the_sequence(open_pipeline, data_config):
         open_pipeline(data_config, sp=(0, 5))
 
 
-def test_waits_are_counted_once(open_pipeline, data_config):
-    pipeline = open_pipeline(data_config)
-    next(pipeline)
-    assert pipeline.wait_seconds > 0
-    assert pipeline.wait_seconds == 0
-
-
 def test_every_unit_is_built_in_the_background(open_pipeline, own_data_config):
     pipeline = open_pipeline(own_data_config)
     next(pipeline)
