@@ -3,6 +3,7 @@ it is kept for the backward."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -29,9 +30,9 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Args:
-        activation_checkpointing: `selective` keeps the block's input and what its scans,
-            convolutions and attention computed, and recomputes the rest, matrix products included;
-            `full` keeps the input only. What came from other ranks is kept by both.
+        activation_checkpointing: `selective` keeps the block's input and what its scans and
+            attention computed, and recomputes the rest, matrix products included; `full` keeps the
+            input only. What came from other ranks is kept by both.
         compiled: in training the block runs through torch.compile, one graph for all blocks of a
             kind; its backward recomputes pointwise work by itself. Blocks that keep activations
             selectively run as they are where the sequence is divided over ranks.
@@ -100,8 +101,8 @@ def _checkpointed(function: Callable[..., Tensor], *arguments: Any, **options: A
 
 
 def keep_kernels() -> Contexts:
-    """Contexts of torch.utils.checkpoint: the results of this project's kernels and of attention
-    are kept."""
+    """Contexts of torch.utils.checkpoint: the results of this project's scans and of attention are
+    kept."""
     return create_selective_checkpoint_contexts(_policy)
 
 
@@ -114,8 +115,8 @@ ATTENTION = (
 
 
 def _policy(_context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    own = getattr(op, "namespace", None) == "fla_dist"
-    return CheckpointPolicy.MUST_SAVE if own or op in ATTENTION else CheckpointPolicy.MUST_RECOMPUTE
+    costly = re.match(r"fla_dist\.(?!short_convolution)", str(op)) or op in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _both(outer: Contexts, inner: Contexts) -> Contexts:
