@@ -213,6 +213,9 @@ class CheckpointConfig:
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto`: from the last good checkpoint in `dir`, if any; `required`: refuse to start without
     one; `never`: refuse to start where `dir` holds one."""
+    reshard: bool = False
+    """Continue a checkpoint of another world size or sequence-parallel size, with the same samples
+    in the same order."""
 
 
 @dataclass(frozen=True)

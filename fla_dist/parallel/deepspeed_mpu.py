@@ -56,3 +56,10 @@ class DeepSpeedMPU:
 
     def get_model_parallel_rank(self) -> int:
         return 0
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Asked for when a universal checkpoint is loaded."""
+        return 1
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0

@@ -4,6 +4,7 @@
     <dir>/latest              the name of the newest, written last
     <dir>/partial_step_…      one that was being written when the run ended; never read
     <dir>/deleted_step_…      one that was being deleted then; never read
+    <dir>/universal_step_…    one in DeepSpeed's universal form, while other ranks are given it
 
 `state.json` is what DeepSpeed does not know: the step, the data's position and the config.
 `manifest.json` has each file's size and sha256. A checkpoint that differs from its manifest is
@@ -12,7 +13,10 @@ named, and the one before is taken. The directory must be one that all hosts see
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,11 +28,12 @@ import torch
 import torch.distributed as dist
 
 from fla_dist.config import CheckpointConfig, Config, config_to_dict
-from fla_dist.training.distributed import RunError
+from fla_dist.training.distributed import RunError, together
 from fla_dist.training.engine import Engine
 from fla_dist.training.plan import BatchPlan
 
-STEP, PARTIAL, DELETED = "step_", "partial_", "deleted_"
+STEP, PARTIAL, DELETED, UNIVERSAL = "step_", "partial_", "deleted_", "universal_"
+STAGE = "deepspeed.zero_optimization.stage"
 MANIFEST, STATE, TOKENIZER = "manifest.json", "state.json", "tokenizer.json"
 
 
@@ -53,7 +58,7 @@ class Checkpoints:
         self._layout = {
             "world_size": plan.world_size,
             "parallelism.sequence_parallel_size": plan.sequence_parallel_size,
-            "deepspeed.zero_optimization.stage": config.deepspeed.zero_optimization.stage,
+            STAGE: config.deepspeed.zero_optimization.stage,
         }
         self._rank = dist.get_rank()
 
@@ -143,14 +148,69 @@ class Checkpoints:
         if differing := _differences(content["config"]["model"], model, "model"):
             raise RunError(f"checkpoint {self.dir / name} is of another model: {differing}")
         if differing := _differences(content["layout"], self._layout, ""):
-            raise RunError(
-                f"checkpoint {self.dir / name} was written by another layout of ranks: {differing}"
-            )
-        _, client_state = engine.deepspeed.load_checkpoint(self.dir, tag=name)
-        _set_rng_state(client_state["rng"])
+            same_stage = content["layout"][STAGE] == self._layout[STAGE]
+            if not (self._settings.reshard and same_stage):
+                way = f"; checkpoint.reshard true continues it at the same {STAGE}"
+                raise RunError(
+                    f"checkpoint {self.dir / name} was written by another layout of ranks: "
+                    f"{differing}{way}"
+                )
+            self._load_resharded(engine, name)
+        else:
+            _, client_state = engine.deepspeed.load_checkpoint(self.dir, tag=name)
+            _set_rng_state(client_state["rng"])
         return TrainingState(
             content["step"], content["tokens"], content["skipped_steps"], content["data"]
         )
+
+    def _load_resharded(self, engine: Engine, name: str) -> None:
+        """Loads weights and optimizer of a checkpoint that other ranks wrote. What a rank keeps for
+        itself, the state of its random numbers, starts anew."""
+        if self._layout[STAGE] == 0:  # nothing is divided
+            engine.deepspeed.load_checkpoint(self.dir, tag=name)
+            return
+        universal = f"{UNIVERSAL}{name}"
+        together(lambda: self._make_universal(name, universal) if self._rank == 0 else None)
+        optimizer = engine.deepspeed.optimizer.optimizer
+        own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        settings = engine.deepspeed._config
+        settings.load_universal_checkpoint = True
+        engine.deepspeed.load_checkpoint(self.dir, tag=universal)
+        settings.load_universal_checkpoint = False
+        # At ZeRO 3 DeepSpeed gives all groups the weight decay of the first, and all parameters
+        # one tensor as their count of steps, which each of them then raises.
+        for group, settings_of_group in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings_of_group)
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        dist.barrier()
+        if self._rank == 0:
+            _delete(self.dir / universal)
+
+    def _make_universal(self, name: str, universal: str) -> None:
+        from deepspeed.checkpoint import ds_to_universal
+
+        partial = self.dir / (PARTIAL + universal)
+        for leftover in (partial, self.dir / universal):
+            shutil.rmtree(leftover, ignore_errors=True)
+        arguments = argparse.Namespace(
+            input_folder=str(self.dir / name),
+            output_folder=str(partial),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            # The universal form asks for the model's parallelism, which only Megatron writes.
+            inject_missing_state=True,
+        )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                ds_to_universal.main(arguments)
+        except Exception as error:
+            raise OSError(f"checkpoint {self.dir / name} cannot be resharded: {error}") from error
+        (self.dir / "latest_universal").unlink()  # DeepSpeed's own pointer
+        os.replace(partial, self.dir / universal)
 
 
 def find_checkpoint(path: Path) -> Path:
