@@ -110,13 +110,22 @@ class TokenCache:
         """Reads and encodes a unit; both files are whole and durable, or not there.
 
         Raises:
-            DataError: the source cannot be used, or the cache cannot be written.
+            DataError: the source cannot be used, or is not what was encoded before, or the cache
+                cannot be written.
         """
+        before = self.find(unit)
         documents, quarantined = self._read(unit)
+        sha256 = hash_documents(documents)
+        if before is not None and before.source_sha256 != sha256:
+            raise DataError(
+                f"{unit.key}: {unit.pieces[0].path}: its text is not what was encoded before, "
+                f"though its size and time are: {quarantined or 'the file is damaged'}; restore "
+                f"it, or remove {self._record_path(unit)} to take it as it is"
+            )
         self.store(
             unit,
             tokenizer,
-            hash_documents(documents),
+            sha256,
             lambda: tokenizer.encode_documents(documents),
             quarantined,
         )
@@ -187,15 +196,15 @@ class TokenCache:
             path.touch()
 
     def discard_if_damaged(self, unit: Unit) -> None:
-        """Removes a unit's record and shard if a read of the whole shard confirms the damage.
+        """Removes a unit's shard if a read of the whole of it confirms the damage.
 
-        It may already have been rebuilt by the time that this process saw the damage.
+        It may already have been rebuilt by the time that this process saw the damage. The record
+        stays, for what is rebuilt must be of the same text.
         """
         record = self.find(unit)
         try:
             self.open(unit).verify()
         except DamagedShardError:
-            self._record_path(unit).unlink(missing_ok=True)
             if record is not None:
                 self._shard_path(record).unlink(missing_ok=True)
 

@@ -65,7 +65,7 @@ def open_parquet(path: str, fields: list[str]) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
     names = file.schema_arrow.names

@@ -32,7 +32,7 @@ PART_CHARACTERS = 1 << 19
 SURROUNDINGS_CHARACTERS = 256
 CUTS_TRIED = 16
 CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?=\s)")
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ class Tokenizer:
     def encode_documents(self, documents: Sequence[str]) -> list[np.ndarray]:
         """Each document's ids, its end included, in this tokenizer's dtype."""
         encoded: list[np.ndarray] = []
-        end = [] if self.end_of_document is None else [self.end_of_document]
+        end = np.array([] if self.end_of_document is None else [self.end_of_document], self.dtype)
         open_parts: list[np.ndarray] = []
         for batch in _batches(self._parts(documents)):
             texts = [text for text, _ in batch]
             results = self.backend.encode_batch_fast(texts, add_special_tokens=False)
             for (_, is_last), result in zip(batch, results, strict=True):
-                open_parts.append(np.array(result.ids + (end if is_last else []), self.dtype))
+                ids = result.ids
+                open_parts.append(np.fromiter(ids, self.dtype, len(ids)))
                 if is_last:
-                    encoded.append(np.concatenate(open_parts))
+                    encoded.append(np.concatenate([*open_parts, end]))
                     open_parts = []
         return encoded
 

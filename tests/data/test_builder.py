@@ -18,6 +18,7 @@ from fla_dist.data import DataError, load_tokenizer
 from fla_dist.data import cache as cache_module
 from fla_dist.data import lease as lease_module
 from fla_dist.data.builder import Builder, Closed, Worker
+from fla_dist.data.cache import TokenCache
 from fla_dist.data.lease import Lease
 from fla_dist.data.plan import Plan
 
@@ -179,6 +180,31 @@ def test_what_cannot_be_built_is_said_to_every_waiting_builder(plan, make_builde
             builder.wait_for(bad)
         messages.add(str(caught.value))
     assert len(messages) == 1
+
+
+@pytest.mark.parametrize("on_bad_source", ["error", "quarantine"])
+@pytest.mark.parametrize("flipped", [0x01, 0x80])  # another letter; no UTF-8 text
+def test_a_bit_that_flips_in_a_source_after_it_was_built_never_changes_tokens(
+    plan, on_bad_source, flipped
+):
+    """A shard is lost, and its source has the size and time that it had."""
+    unit = plan.sources[1].units[0]
+    piece = unit.pieces[0]
+    cache = TokenCache(plan.cache.directory, plan.tokenizer.sha256, on_bad_source)
+    cache.build(unit, plan.tokenizer)
+    (shard,) = (cache.directory / "shards").iterdir()
+    good, tokens = Path(piece.path).read_bytes(), shard.read_bytes()
+    for content in (bytes([good[0] ^ flipped]) + good[1:], good):
+        shard.write_bytes(tokens[:-1])
+        cache.discard_if_damaged(unit)
+        Path(piece.path).write_bytes(content)
+        os.utime(piece.path, ns=(piece.mtime_ns, piece.mtime_ns))
+        if content != good:
+            with pytest.raises(DataError, match=rf"{piece.name}.*not (what was enc|UTF-8 text)"):
+                cache.build(unit, plan.tokenizer)
+            assert not cache.is_built(unit)
+    cache.build(unit, plan.tokenizer)
+    assert shard.read_bytes() == tokens
 
 
 def test_an_old_failure_is_tried_again(plan, make_builder):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,6 +197,38 @@ def test_compressed_files(tmp_path, suffix):
     compress(path, b"".join(lines[:17]))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=rf"data\.sources\.0: .*a\.jsonl{suffix}: cannot be read"):
+        read(path)
+
+
+def zstd_with_checksum(data: bytes) -> bytes:
+    """A zstd frame of one raw block with its content's checksum, as the zstd command writes."""
+    block = (len(data) << 3 | 1).to_bytes(3, "little") + data
+    checksum = (xxhash.xxh64_intdigest(data) & 0xFFFFFFFF).to_bytes(4, "little")
+    return b"\x28\xb5\x2f\xfd\x24" + bytes([len(data)]) + block + checksum
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_flipped_bit_is_found_where_the_format_has_checksums(tmp_path, name):
+    path, text = tmp_path / name, "one letter " * 12
+    line = json.dumps({"text": text}).encode() + b"\n"
+    if name.endswith("gz"):
+        path.write_bytes(gzip.compress(line, 0))  # stored: only the checksum shows the flip
+    elif name.endswith("zst"):
+        path.write_bytes(zstd_with_checksum(line))
+    else:
+        pq.write_table(
+            pa.table({"text": [text]}),
+            path,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+    assert read(path) == [text]
+    good = path.read_bytes()
+    at = good.index(b"one letter") + 5
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    with pytest.raises(DataError, match=rf"data\.sources\.0: .*{name}: cannot be read"):
         read(path)
 
 
