@@ -4,6 +4,9 @@ python launch/benchmark.py ops [--ops gla retention] [--shapes 2] [--output
 docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--all]
 python launch/benchmark.py data [--output docs/benchmarks/data_<machine>.json]
 python launch/benchmark.py step --config configs/samba_32k.json [--section.key value ...]
+torchrun --nproc-per-node 8 launch/benchmark.py links
+python launch/benchmark.py scaling --config configs/samba_32k.json --sizes 1 2 4
+[--section.key value ...]
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     from fla_dist.benchmark import data as data_pipeline
-    from fla_dist.benchmark import step
+    from fla_dist.benchmark import links, scaling, step
 
     commands = parser.add_subparsers(dest="command", required=True)
     ops = commands.add_parser("ops", help="time the ops on this machine's GPU")
@@ -32,11 +35,19 @@ def main() -> int:
     step.add_arguments(
         commands.add_parser("step", help="time training steps of a config", allow_abbrev=False)
     )
+    links.add_arguments(commands.add_parser("links", help="time collectives between ranks"))
+    scaling.add_arguments(
+        commands.add_parser("scaling", help="train on more and more ranks", allow_abbrev=False)
+    )
     arguments, overrides = parser.parse_known_args()
     if arguments.command == "step":
         return step.run(arguments, overrides)
+    if arguments.command == "scaling":
+        return scaling.run(arguments, overrides)
     if overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if arguments.command == "links":
+        return links.run(arguments)
     if arguments.command == "data":
         return data_pipeline.run(arguments)
     if arguments.command == "compile-check":

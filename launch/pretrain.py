@@ -28,15 +28,22 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config")
     parser.add_argument("--dry-run", action="store_true", help="print batch and model arithmetic")
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks for --dry-run")
+    parser.add_argument("--ranks-per-host", type=int, default=8, help="their hosts for --dry-run")
+    parser.add_argument(
+        "--links", help="what `launch/benchmark.py links` measured, for --dry-run's exchange"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
     config = load_config(arguments.config, overrides)
     if arguments.print_config:
         print(json.dumps(config_to_dict(config), indent=2))
     if arguments.dry_run:
+        from fla_dist.parallel.cost import Links, read_links
         from fla_dist.training.dry_run import describe_run
 
-        print(describe_run(config, arguments.world_size))
+        links = read_links(arguments.links) if arguments.links else Links()
+        hosts = arguments.ranks_per_host
+        print(describe_run(config, arguments.world_size, ranks_per_host=hosts, links=links))
     if arguments.print_config or arguments.dry_run:
         return 0
 

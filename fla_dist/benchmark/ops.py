@@ -224,7 +224,7 @@ def environment(command: str) -> dict[str, Any]:
 
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": driver[0],
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from fla_dist.config import Config
+from fla_dist.config import Config, config_to_dict
 from fla_dist.data import Batch, TokenPipeline, build_pipeline
 from fla_dist.data.batch import IGNORED_LABEL
 from fla_dist.training.checkpoint import Checkpoints, TrainingState
@@ -75,6 +76,9 @@ class Trainer:
             first_step=self.state.step,
         )
         resources.callback(self.records.close)
+        if self.mesh.rank == 0:
+            about = {"plan": asdict(self.plan), "config": config_to_dict(config)}
+            (self.records.jsonl.parent / "run.json").write_text(json.dumps(about, indent=1))
 
     def train(self) -> int:
         """Trains from where the run stands; returns an exit code."""
