@@ -1,0 +1,49 @@
+"""Launch settings of the gated delta rule's kernels, keyed by (compute capability, K, V) for 16-bit
+inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fla_dist.kernels.common.launch import Launch, padded
+
+CHECKED: set[tuple[torch.dtype, int, int]] = set()
+"""(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
+serves others."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """chunk: tokens.  pairs: of what a chunk's pairs need, keys and values in blocks.  summarize,
+    output: of the walks that hold blocks of V; summarize_gradient, value_gradient: of those back.
+    key_gradient: of the walks that hold blocks of K.  programs: segments times heads, about; where
+    heads alone are as many, each is one segment.
+    """
+
+    chunk: int
+    pairs: Launch
+    summarize: Launch
+    output: Launch
+    summarize_gradient: Launch
+    value_gradient: Launch
+    key_gradient: Launch
+    programs: int = 128
+
+
+TUNED: dict[tuple[int, int, int], Settings] = {}
+
+
+def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
+    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
+    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
+        return TUNED[capability, key_size, value_size]
+    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    if itemsize == 4:
+        chunk, launch = 32 if wide <= 64 else 16, Launch(32, 4, 1)
+    elif wide <= 128:
+        chunk, launch = 64, Launch(64, 4, 1)
+    else:
+        chunk, launch = 64, Launch(64, 8, 1)
+    return Settings(chunk, Launch(64 if itemsize == 4 else 128, 4, 1), launch, launch, launch, launch, launch)
