@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from fla_dist.config import ConfigError, load_config
 from fla_dist.data import DataError, load_tokenizer
 from fla_dist.data.errors import DamagedShardError
-from fla_dist.data.inspection import build, describe, quarantined, verify
+from fla_dist.data.inspection import build, describe, quarantined, summarize, verify
 from fla_dist.data.plan import Plan, Split
 
 EXIT_DAMAGED, EXIT_REFUSED = 1, 2
@@ -53,10 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = Plan.make(config.data, tokenizer, split)
         if parsed.command == "build":
             build(plan, config.data.num_workers)
+            print(summarize(plan))
             for reason in quarantined(plan):
                 print(f"quarantined: {reason}", file=sys.stderr)
         elif parsed.command == "verify":
-            problems += verify(plan)
+            found = verify(plan)
+            if not found:
+                print(f"{summarize(plan)}: all whole")
+            problems += found
         else:
             for line in describe(plan, config.data, split):
                 print(line)

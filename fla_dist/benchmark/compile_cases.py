@@ -31,11 +31,11 @@ def _simple_gla(
     def launches() -> None:
         q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
         for g in (None, torch.empty(q.shape[2]), torch.empty(q.shape[:3])):
-            state, _ = simple_gla.summarize._init_fn(q, v, g, doc_ids, 1.0, False)
-            simple_gla.summarize._init_fn(q, v, g, doc_ids, 0.5, True)
-            simple_gla.output._init_fn(q, q, v, g, doc_ids, state, 0.5)
+            state, _ = simple_gla.summarize.function(q, v, g, doc_ids, 1.0, False)
+            simple_gla.summarize.function(q, v, g, doc_ids, 0.5, True)
+            simple_gla.output.function(q, q, v, g, doc_ids, state, 0.5)
             with_decay = g is not None and g.ndim == 3
-            simple_gla.backward._init_fn(
+            simple_gla.backward.function(
                 q, q, v, v, g, doc_ids, state, state[:, 0], state, 0.5, with_decay
             )
 
@@ -46,11 +46,12 @@ def _gla(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) -> Ca
     def launches() -> None:
         q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
         for g in (torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)):
-            state, _ = gla.summarize._init_fn(q, v, g, doc_ids, 1.0, False)
-            gla.summarize._init_fn(q, v, g, doc_ids, 0.5, True)
-            scores = gla.scores._init_fn(q, q, v, g, doc_ids, 0.5)
-            gla.output._init_fn(q, q, v, g, doc_ids, scores, state, 0.5)
-            gla.backward._init_fn(q, q, v, v, g, doc_ids, scores, state, state[:, 0], state, 0.5)
+            prepared = gla.prepare.function(q, q, v, g, doc_ids, 0.5)
+            q_in, k_out, decay, scores = prepared
+            state, _ = gla.summarize.function(k_out, v, decay, False)
+            gla.summarize.function(q_in, v, decay, True)
+            gla.output.function(q_in, k_out, v, decay, scores, state)
+            gla.backward.function(q, q, v, v, g, doc_ids, *prepared, state, state[:, 0], state, 0.5)
 
     return launches
 

@@ -47,6 +47,7 @@ class Recorded:
     divisible: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None
 
     def key(self) -> tuple[Any, ...]:
         constants = tuple(sorted((name, str(value)) for name, value in self.constants.items()))
@@ -56,6 +57,7 @@ class Recorded:
             constants,
             self.warps,
             self.stages,
+            self.registers,
         )
 
 
@@ -96,7 +98,7 @@ def _record(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, 
             signature[name] = "fp32"
     return Recorded(
         kernel, signature, constants, tuple(divisible), options.get("num_warps", 4),
-        options.get("num_stages", 3)
+        options.get("num_stages", 3), options.get("maxnreg"),
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def compile_for(recorded: Recorded, architecture: int) -> Compiled:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": recorded.warps, "num_stages": recorded.stages},
+        options={"num_warps": recorded.warps, "num_stages": recorded.stages, "maxnreg": recorded.registers},
     )
     seconds = time.perf_counter() - started
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -175,10 +175,7 @@ class TokenCache:
         try:
             return read_documents(unit), ""
         except DataError as error:
-            # The system may read it the next time: a unit must not depend on when it was built.
-            passing = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            if self.on_bad_source == "quarantine" and (missing or not passing):
+            if self.on_bad_source == "quarantine" and not _may_pass(error.__cause__, unit):
                 return [], str(error)
             raise
 
@@ -257,6 +254,17 @@ def _read_failure(path: Path) -> Failure | None:
         return Failure(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _may_pass(cause: BaseException | None, unit: Unit) -> bool:
+    """Whether a read that failed may succeed another time: a unit must not depend on when it was
+    built."""
+    if unit.format == "hub":  # the errors of the network are of many kinds
+        return cause is not None and (
+            isinstance(cause, OSError) or not isinstance(cause, ValueError)
+        )
+    passing = isinstance(cause, OSError) and cause.errno is not None
+    return passing and not isinstance(cause, FileNotFoundError)
 
 
 def _hash(*parts: object) -> str:

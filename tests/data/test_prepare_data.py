@@ -60,7 +60,12 @@ def test_build_verify_inspect(run, tmp_path):
     assert run("verify").returncode == 0
     shown = run("inspect")
     assert shown.returncode == 0, shown.stderr
-    for part in ("24 documents", "blend of the first 1000 sequences, by source: 75", "[0, "):
+    for part in (
+        "24 documents",
+        "blend of the first 1,000 sequences",
+        "data.sources.0: 75.",
+        "[0, ",
+    ):
         assert part in shown.stdout
 
     shard = next((tmp_path / "cache" / "shards").iterdir())

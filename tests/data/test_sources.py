@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fla_dist.config import SourceConfig
 from fla_dist.data import sources
+from fla_dist.data.cache import TokenCache
 from fla_dist.data.documents import read_documents
 from fla_dist.data.errors import DataError
 from fla_dist.data.sources import resolve_sources
@@ -278,6 +280,31 @@ def test_a_hub_dataset_is_read_file_by_file_and_pinned(tmp_path):
         read(f"hf:{dataset}", split="dev")
     with pytest.raises(DataError, match=r"data\.sources\.0\.path: hf:.*absent: "):
         read(f"hf:{tmp_path}/absent")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_and_never_quarantined(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ConnectionError("the hub cannot be reached")
+
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    write_jsonl(dataset / "train.jsonl", TEXTS)
+    (source,) = resolve_sources([SourceConfig(f"hf:{dataset}")], "data.sources")
+    cache = TokenCache(tmp_path / "cache", "0" * 64, "quarantine")
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(
+            DataError, match=r"data\.sources\.0: .*train\.jsonl: row 0: the hub can"
+        ):
+            cache._read(source.units[0])
+    (dataset / "train.jsonl").write_text('{"text": 3}\n')
+    documents, quarantined = cache._read(source.units[0])
+    assert documents == [] and "row 0: field 'text' is no string" in quarantined
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    for plans in (None, tmp_path / "plans"):
+        with pytest.raises(DataError, match=r"sources\.0\.path: hf:owner/name: the hub cannot"):
+            resolve_sources([SourceConfig("hf:owner/name")], "data.sources", plans=plans)
+    assert not list((tmp_path / "plans").iterdir())  # neither a pin nor a lease
 
 
 def test_how_files_were_cut_is_kept_and_made_again_when_damaged(tmp_path, small_units, monkeypatch):
