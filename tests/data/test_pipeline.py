@@ -228,14 +228,49 @@ def test_the_order_does_not_depend_on_workers_or_place(open_pipeline, own_data_c
         assert torch.equal(batch.tokens, expected.tokens)
 
 
+def check_random_lengths(open_pipeline, data, trials: int, seed: int) -> None:
+    """As check_random_ranks, and each run has another sequence length: of one lane, the tokens are
+    one stream whatever its cuts."""
+    random = Random(seed)
+    data = replace(data, sources=data.sources[:1], lanes=1)
+    whole = open_pipeline(replace(data, sequence_length=1024))
+    stream = torch.cat([next(whole).tokens[0] for _ in range(40)])
+    for _ in range(trials):
+        state, done = None, 0
+        for _ in range(random.randint(2, 4)):
+            dp, sp = random.choice([1, 2, 3]), random.choice([1, 2, 4])
+            d, s, micro_batch_size = (
+                random.randrange(dp),
+                random.randrange(sp),
+                random.randint(1, 2),
+            )
+            length = random.choice([32, 60, 256, 512])
+            pipeline = open_pipeline(
+                replace(data, sequence_length=length), (d, dp), (s, sp), micro_batch_size
+            )
+            if state is not None:
+                pipeline.load_state_dict(state)
+            part = length // sp
+            for _ in range(random.randint(0, 3)):
+                batch = next(pipeline)
+                for row in range(micro_batch_size):
+                    start = done + (d * micro_batch_size + row) * length + s * part
+                    assert torch.equal(batch.tokens[row], stream[start : start + part])
+                    following = stream[start + 1 : start + part + 1]
+                    labelled = batch.labels[row] != IGNORED_LABEL
+                    assert torch.equal(batch.labels[row][labelled], following[labelled])
+                done += dp * micro_batch_size * length
+            state = json.loads(json.dumps(pipeline.state_dict()))
+            pipeline.close()
+
+
 def test_another_sequence_length_goes_on_at_the_next_token(open_pipeline, data_config):
-    data = replace(data_config, sources=data_config.sources[:1], lanes=1)
-    short, whole = open_pipeline(data), open_pipeline(replace(data, sequence_length=256))
-    tokens = torch.cat([next(short).tokens for _ in range(4)], dim=1)
-    longer = open_pipeline(replace(data, sequence_length=256))
-    longer.load_state_dict(short.state_dict())
-    tokens = torch.cat([tokens, next(longer).tokens], dim=1)
-    assert torch.equal(tokens, torch.cat([next(whole).tokens, next(whole).tokens], dim=1))
+    check_random_lengths(open_pipeline, data_config, trials=8, seed=3)
+
+
+@pytest.mark.slow
+def test_many_sequence_lengths_go_on_at_the_next_token(open_pipeline, data_config):
+    check_random_lengths(open_pipeline, data_config, trials=200, seed=4)
 
 
 def test_sources_keep_their_weights(open_pipeline, data_config):
