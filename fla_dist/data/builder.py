@@ -206,8 +206,8 @@ class Builder:
                     message = worker.build(unit)
                     if message is not None and not self._closed.is_set():
                         logger.error("%s", message)
+                        self._cache.write_failure(unit, message)  # before anyone here raises it
                         self._failures[unit] = message
-                        self._cache.write_failure(unit, message)
                 finally:
                     lease.release()
                 record = self._cache.find(unit)
