@@ -138,7 +138,11 @@ def compile_for(recorded: Recorded, architecture: int) -> Compiled:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": recorded.warps, "num_stages": recorded.stages, "maxnreg": recorded.registers},
+        options={
+            "num_warps": recorded.warps,
+            "num_stages": recorded.stages,
+            "maxnreg": recorded.registers,
+        },
     )
     seconds = time.perf_counter() - started
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

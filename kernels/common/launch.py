@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -11,11 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """block: of the state's axis that programs divide among them.  warps, stages: Triton's."""
+    """block: of the state's axis that programs divide among them.  warps, stages: Triton's.
+    registers: at most so many a thread, so that more programs fit; None for as many as it takes."""
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of a kernel's launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def padded(size: int, itemsize: int) -> int:
@@ -30,10 +39,36 @@ def padded(size: int, itemsize: int) -> int:
 
 def capability(tensor: Tensor) -> int:
     """90 for Hopper; 0 where there is no GPU (Triton's interpreter)."""
-    if tensor.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return _capability(tensor.device.index) if tensor.is_cuda else 0
+
+
+@lru_cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+class Step:
+    """A function of tensors that is a torch.library op to whatever looks at ops (torch.compile,
+    dispatch modes), and is called as it is otherwise: the op's way through the dispatcher takes the
+    host longer than the launches it is for. Called where autograd does not record."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.op = torch.library.custom_op(name, function, mutates_args=())
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.op.register_fake(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.op(*arguments)
+        return self.function(*arguments)
+
+
+def step(name: str) -> Callable[[Callable[..., Any]], Step]:
+    """Registers a step of an op under `name`."""
+    return lambda function: Step(name, function)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

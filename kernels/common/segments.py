@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import step
 from fla_dist.kernels.state import LOCAL, Diagonal, Pending, Scan
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -33,6 +34,13 @@ def negligible(EXACT: tl.constexpr):
 
 
 @triton.jit
+def fold_step(b_state, b_added, b_decay, p_entry, mask):
+    """Stores the state that enters a stretch, returns the one that leaves it."""
+    tl.store(p_entry, b_state, mask=mask)
+    return tl.where(mask, b_state * tl.exp2(b_decay * LOG2_E) + b_added, b_state)
+
+
+@triton.jit
 def fold_kernel(
     log_decay, state, initial, entries, final,
     S, H, K, V,
@@ -42,30 +50,47 @@ def fold_kernel(
     """Entering states of S stretches, one after the other.
 
     Grid: (blocks of a [H, K, V] state, B). One program owns BLOCK elements of the state in
-    registers and walks all stretches. Reads and writes each stretch's state once: bound by memory.
+    registers and walks all stretches, four loaded at a time. Reads and writes each stretch's state
+    once: bound by memory.
     """
     batch = tl.program_id(1).to(tl.int64)
     size = (H * K * V).to(tl.int64)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
-    o_decay = (
+    log_decay += (
         (o // (K * V)) * decay_stride_h + (o // V % K) * decay_stride_k + (o % V) * decay_stride_v
         + batch * decay_stride_b
     )  # fmt: skip
+    step = -1 if REVERSE else 1
+    first = S - 1 if REVERSE else 0
+    log_decay += first * decay_stride_s
+    state += (batch * S + first) * size + o
+    entries += (batch * S + first) * size + o
+    decay_step, state_step = step * decay_stride_s, step * size
     b_state = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_INITIAL:
         b_state += tl.load(initial + batch * size + o, mask=mask, other=0.0)
-    for i in tl.range(0, S, num_stages=4):
-        s = S - 1 - i if REVERSE else i
-        at = (batch * S + s) * size + o
-        b_added = tl.load(state + at, mask=mask, other=0.0)
-        b_decay = tl.load(log_decay + o_decay + s * decay_stride_s, mask=mask, other=0.0)
-        tl.store(entries + at, b_state, mask=mask)
-        b_state = b_state * tl.exp2(b_decay * LOG2_E) + b_added
+    for i in range(0, S, 4):
+        mask_1, mask_2, mask_3 = mask & (i + 1 < S), mask & (i + 2 < S), mask & (i + 3 < S)
+        b_added_0 = tl.load(state, mask=mask, other=0.0)
+        b_added_1 = tl.load(state + state_step, mask=mask_1, other=0.0)
+        b_added_2 = tl.load(state + 2 * state_step, mask=mask_2, other=0.0)
+        b_added_3 = tl.load(state + 3 * state_step, mask=mask_3, other=0.0)
+        b_decay_0 = tl.load(log_decay, mask=mask, other=0.0)
+        b_decay_1 = tl.load(log_decay + decay_step, mask=mask_1, other=0.0)
+        b_decay_2 = tl.load(log_decay + 2 * decay_step, mask=mask_2, other=0.0)
+        b_decay_3 = tl.load(log_decay + 3 * decay_step, mask=mask_3, other=0.0)
+        b_state = fold_step(b_state, b_added_0, b_decay_0, entries, mask)
+        b_state = fold_step(b_state, b_added_1, b_decay_1, entries + state_step, mask_1)
+        b_state = fold_step(b_state, b_added_2, b_decay_2, entries + 2 * state_step, mask_2)
+        b_state = fold_step(b_state, b_added_3, b_decay_3, entries + 3 * state_step, mask_3)
+        state += 4 * state_step
+        entries += 4 * state_step
+        log_decay += 4 * decay_step
     tl.store(final + batch * size + o, b_state, mask=mask)
 
 
-@torch.library.custom_op("fla_dist::fold", mutates_args=())
+@step("fla_dist::fold")
 def fold_op(
     log_decay: Tensor, state: Tensor, initial: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:

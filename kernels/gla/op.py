@@ -12,41 +12,39 @@ from fla_dist.kernels.common.segments import on_gpu
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla.reference import gla_chunked
 from fla_dist.kernels.gla.settings import CHECKED, SHORTEST
-from fla_dist.kernels.gla.steps import backward, output, scores, summarize
+from fla_dist.kernels.gla.steps import backward, output, prepare, summarize
 from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 
 class SegmentedGLA(torch.autograd.Function):
-    """Summarize the segments, join them, walk them; the backward mirrors it. Saves the states that
-    enter segments and the scores."""
+    """Prepare the chunks, summarize the segments, join them, walk them; the backward mirrors it.
+    Saves what was prepared, and the states that enter segments."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
-        state, log_decay = summarize(k, v, g, doc_ids, 1.0, False)
+        q_in, k_out, chunk_decay, scores = prepare(q, k, v, g, doc_ids, scale)
+        state, log_decay = summarize(k_out, v, chunk_decay, False)
         pending = scan.start(Diagonal(log_decay), state, initial_state)
-        pair_scores = scores(q, k, v, g, doc_ids, scale)
         entering, final = pending.wait()
-        ctx.save_for_backward(q, k, v, g, doc_ids, pair_scores, entering, final)
-        ctx.pending, ctx.scan, ctx.scale, ctx.has_initial = (
-            pending,
-            scan,
-            scale,
-            initial_state is not None,
-        )
+        prepared = q_in, k_out, chunk_decay, scores
+        ctx.save_for_backward(q, k, v, g, doc_ids, *prepared, entering, final)
+        ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
+        ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
-        return output(q, k, v, g, doc_ids, pair_scores, entering, scale), final
+        return output(q_in, k_out, v, chunk_decay, scores, entering), final
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, g, doc_ids, pair_scores, entering, final = ctx.saved_tensors
+        q, k, v, g, doc_ids, q_in, k_out, chunk_decay, scores, entering, final = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
-        state_gradient, _ = summarize(q, do, g, doc_ids, ctx.scale, True)
+        state_gradient, _ = summarize(q_in, do, chunk_decay, True)
         leaving_gradient, initial_gradient = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
         ).wait()
         gradients = backward(
-            q, k, v, do, g, doc_ids, pair_scores, entering, final, leaving_gradient, ctx.scale
-        )
+            q, k, v, do, g, doc_ids, q_in, k_out, chunk_decay, scores, entering, final,
+            leaving_gradient, ctx.scale,
+        )  # fmt: skip
         return *gradients, initial_gradient if ctx.has_initial else None, None, None, None
 
 

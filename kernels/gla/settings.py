@@ -21,8 +21,8 @@ class Settings:
     segment at most."""
 
     chunk: int
+    prepare: Launch
     summarize: Launch
-    scores: Launch
     value_walk: Launch
     key_walk: Launch
     pair_gradient: Launch
@@ -41,12 +41,11 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     if itemsize == 4:
         launch = Launch(32 if wide <= 256 else 16, 4, 1)
         return Settings(16, launch, launch, launch, launch, launch)
-    pairs = Launch(64, 4, 1)
+    pairs, summarize = Launch(32, 1, 1), Launch(64, 4, 4)
     if wide <= 128:
-        launch = Launch(64, 4, 2)
-        return Settings(64, launch, pairs, launch, launch, pairs)
-    if wide <= 256:
-        launch = Launch(64, 8, 1)
-        return Settings(64, launch, pairs, launch, launch, pairs)
-    launch = Launch(32, 8, 1)
-    return Settings(32, launch, pairs, launch, launch, pairs)
+        walk = Launch(64, 4, 3, 168)
+    elif wide <= 256:
+        walk = Launch(64, 8, 3, 168)
+    else:
+        walk = Launch(32, 8, 3, 168)
+    return Settings(16, pairs, summarize, walk, walk, pairs)

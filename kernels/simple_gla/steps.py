@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
-from fla_dist.kernels.common.launch import Launch, padded, precision, strides
+from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.simple_gla.settings import Settings, settings
 from fla_dist.kernels.simple_gla.triton_kernels import (
@@ -41,7 +41,7 @@ def _decay(g: Tensor | None) -> tuple[int, tuple[int, ...]]:
     return (HEAD_DECAY.value, (0, 0, 0)) if g.ndim == 1 else (TOKEN_DECAY.value, g.stride())
 
 
-@torch.library.custom_op("fla_dist::simple_gla_summarize", mutates_args=())
+@step("fla_dist::simple_gla_summarize")
 def summarize(
     y: Tensor, z: Tensor, g: Tensor | None, doc_ids: Tensor | None, scale: float, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def summarize(
         y, z, g, doc_ids, state, log_decay,
         length, heads, size_x, size_z, segment, scale, *strides(y), *strides(z), *decay_strides,
         RESET=RESET, C=chosen.chunk, BX=block_x, BZ=block_z, DECAY=kind, PACKED=doc_ids is not None,
-        REVERSE=reverse, PRECISION=precision(y), num_warps=launch.warps, num_stages=launch.stages,
+        REVERSE=reverse, PRECISION=precision(y), **launch.options(),
     )  # fmt: skip
     return state, log_decay
 
@@ -111,7 +111,7 @@ def _walk(
         C=chosen.chunk, BX=padded(size_x, itemsize), BZ=block_z, DECAY=kind,
         PACKED=doc_ids is not None,
         REVERSE=reverse, SUMS=own is not None, PRECISION=precision(x),
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options(),
     )  # fmt: skip
     return out, pair_sums, state_sums
 
@@ -123,7 +123,7 @@ def _sums(x: Tensor, blocks: int, wanted: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("fla_dist::simple_gla_output", mutates_args=())
+@step("fla_dist::simple_gla_output")
 def output(
     q: Tensor,
     k: Tensor,
@@ -146,7 +146,7 @@ def _(q, k, v, g, doc_ids, entering, scale):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fla_dist::simple_gla_backward", mutates_args=())
+@step("fla_dist::simple_gla_backward")
 def backward(
     q: Tensor,
     k: Tensor,
