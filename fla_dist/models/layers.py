@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla_dist.kernels.short_convolution import short_convolution
+from fla_dist.kernels.swiglu import swiglu_linear
 from fla_dist.models.stream import Stream
 
 TIME_STEP_MIN, TIME_STEP_MAX = 1e-3, 0.1
@@ -66,8 +67,7 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.output(F.silu(gate) * up)
+        return swiglu_linear(self.gate_up(x), self.output.weight)
 
 
 class ShortConvolution(nn.Module):
@@ -80,10 +80,10 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         left = stream.before("convolution", x, self.weight.shape[1] - 1)
-        y = short_convolution(
-            x, self.weight, self.bias, left_context=left, positions=stream.positions
-        )
-        return F.silu(y).to(x.dtype)
+        return short_convolution(
+            x, self.weight, self.bias,
+            left_context=left, positions=stream.positions, activation="silu",
+        )  # fmt: skip
 
     def initialize(self) -> None:
         """Uniform in ±1/√width, as torch's own convolutions."""

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.common.documents import document_starts
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.mamba.reference import selective_scan_chunked
 from fla_dist.kernels.mamba.triton_backward import backward, summarize_gradient
 from fla_dist.kernels.mamba.triton_forward import LOG2_E, fold, output, summarize
-from fla_dist.kernels.state import LOCAL, RESET, Diagonal, Scan
+from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 LARGEST_STATE = 64
 """N up to which the kernels were checked on a GPU (compute capability 9.0)."""
@@ -33,11 +32,12 @@ class SegmentedSelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, dt, A, B, C, initial_state, doc_ids, scan, keep):
+    def forward(ctx: Any, x, dt, A, B, C, dt_bias, D, z, initial_state, doc_ids, scan, keep):
         rate = A.float() * LOG2_E
         B_rows, C_rows = B.float().contiguous(), C.float().contiguous()
-        reset = None if doc_ids is None else document_starts(doc_ids) * RESET
-        state, log_decay = summarize(x, dt, rate, B_rows, reset)
+        bias = None if dt_bias is None else dt_bias.float().contiguous()
+        skip = rate.new_zeros(rate.shape[0]) if D is None else D.float().contiguous()
+        state, log_decay = summarize(x, dt, rate, B_rows, bias, doc_ids)
         if scan is LOCAL:
             ctx.pending = None
             entries, final = fold(log_decay, rate, state, initial_state, False)
@@ -47,21 +47,23 @@ class SegmentedSelectiveScan(torch.autograd.Function):
             ctx.pending = scan.start(slice_decay, leaving.unsqueeze(1), initial_state)
             entering, final = ctx.pending.wait()
             entries, _ = fold(log_decay, rate, state, entering[:, 0].contiguous(), False)
-        y, checkpoints = output(x, dt, rate, B_rows, C_rows, reset, entries, keep)
-        ctx.save_for_backward(x, dt, rate, B_rows, C_rows, reset, log_decay, checkpoints)
+        y, checkpoints = output(x, dt, rate, B_rows, C_rows, bias, skip, z, doc_ids, entries, keep)
+        ctx.save_for_backward(
+            x, dt, rate, B_rows, C_rows, bias, skip, z, doc_ids, log_decay, checkpoints
+        )
         ctx.scan = scan
-        ctx.dtypes = A.dtype, B.dtype, C.dtype
+        ctx.dtypes = [None if p is None else p.dtype for p in (A, B, C, dt_bias, D)]
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     def backward(ctx: Any, dy, final_gradient):
-        x, dt, rate, B, C, reset, log_decay, checkpoints = ctx.saved_tensors
+        x, dt, rate, B, C, bias, skip, z, doc_ids, log_decay, checkpoints = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else rows_contiguous(dy)
         if final_gradient is not None:
             final_gradient = final_gradient.contiguous()
-        state = summarize_gradient(dt, rate, C, dy, reset)
+        state = summarize_gradient(dt, rate, C, dy, bias, z, doc_ids)
         if ctx.pending is None:
             leaving, initial_gradient = fold(log_decay, rate, state, final_gradient, True)
         else:
@@ -74,9 +76,16 @@ class SegmentedSelectiveScan(torch.autograd.Function):
             )
             from_others, initial_gradient = reverse.wait()
             leaving, _ = fold(log_decay, rate, state, from_others[:, 0].contiguous(), True)
-        dx, ddt, dA, dB, dC = backward(x, dt, rate, B, C, dy, reset, checkpoints, leaving)
+        del state
+        dx, ddt, *parameters, dz = backward(
+            x, dt, rate, B, C, bias, skip, z, dy, doc_ids, checkpoints, leaving
+        )
+        gradients = (
+            None if dtype is None else gradient.to(dtype)
+            for gradient, dtype in zip(parameters, ctx.dtypes, strict=True)
+        )
         return (
-            dx, ddt, *(g.to(dtype) for g, dtype in zip((dA, dB, dC), ctx.dtypes, strict=True)),
+            dx, ddt, *gradients, None if z is None else dz,
             initial_gradient if ctx.has_initial else None, None, None, None,
         )  # fmt: skip
 
@@ -88,6 +97,9 @@ def segmented_selective_scan(
     B: Tensor,
     C: Tensor,
     *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
     scan: Scan = LOCAL,
@@ -96,11 +108,13 @@ def segmented_selective_scan(
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     keep = torch.is_grad_enabled() and any(
-        y is not None and y.requires_grad for y in (x, dt, A, B, C, initial_state)
+        y is not None and y.requires_grad for y in (x, dt, A, B, C, dt_bias, D, z, initial_state)
     )
     return SegmentedSelectiveScan.apply(
-        rows_contiguous(x), rows_contiguous(dt), A, B, C, initial_state, doc_ids, scan, keep
-    )
+        rows_contiguous(x), rows_contiguous(dt), A, B, C, dt_bias, D,
+        None if z is None else rows_contiguous(z), initial_state,
+        None if doc_ids is None else doc_ids.contiguous(), scan, keep,
+    )  # fmt: skip
 
 
 def selective_scan(
@@ -110,6 +124,9 @@ def selective_scan(
     B: Tensor,
     C: Tensor,
     *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
     scan: Scan = LOCAL,
@@ -117,12 +134,17 @@ def selective_scan(
     """Selective state space (arXiv:2312.00752, algorithm 2), every channel with its own state of N
     numbers.
 
-        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t x_t B_t        y_t = h_t · C_t
+        Δ_t = softplus(dt_t + dt_bias)                                  (dt_t without dt_bias)
+        h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t x_t B_t
+        y_t = (h_t · C_t + D ⊙ x_t) ⊙ silu(z_t)                         (without D, z: h_t · C_t)
 
     Args:
-        x: [B, T, D], bf16 | fp16 | fp32 | fp64.      dt: [B, T, D], Δ, positive (after its
-            softplus).
+        x: [B, T, D], bf16 | fp16 | fp32 | fp64.      dt: [B, T, D].
         A: [D, N] fp32, negative.      B, C: [B, T, N].
+        dt_bias: [D] fp32. With it, dt is what softplus turns into Δ; without it, dt is Δ itself,
+            not negative.
+        D: [D] fp32, how much of x goes past the state; none unless given.
+        z: [B, T, D] in x's dtype, the gate of the output; none unless given.
         initial_state: [B, D, N] fp32, the state before the first token of the whole stream (of the
             first rank's slice).
         doc_ids: [B, T] int32, never falling along T; the state restarts where it rises, and 0 is
@@ -134,7 +156,8 @@ def selective_scan(
         slice.
 
     Raises:
-        ValueError: shapes or devices that do not fit, naming the argument and what was expected.
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument and what was
+        expected.
     """
     check_rank("selective_scan", "x", x, "B T D")
     check_rank("selective_scan", "A", A, "D N")
@@ -144,13 +167,16 @@ def selective_scan(
     check("selective_scan", "A", A, (channels, size), x)
     check("selective_scan", "B", B, (batch, length, size), x)
     check("selective_scan", "C", C, (batch, length, size), x)
+    check("selective_scan", "dt_bias", dt_bias, (channels,), x)
+    check("selective_scan", "D", D, (channels,), x)
+    check("selective_scan", "z", z, (batch, length, channels), x)
     check("selective_scan", "initial_state", initial_state, (batch, channels, size), x)
     check("selective_scan", "doc_ids", doc_ids, (batch, length), x)
-    if _has_kernels(x, dt, size):
-        return segmented_selective_scan(
-            x, dt, A, B, C, initial_state=initial_state, doc_ids=doc_ids, scan=scan
-        )
-    y, final_state = selective_scan_chunked(
-        x, dt, A, B, C, initial_state=initial_state, doc_ids=doc_ids, scan=scan
-    )
+    if z is not None and z.dtype != x.dtype:
+        raise ValueError(f"selective_scan: z is {z.dtype}, expected x's {x.dtype}")
+    function = segmented_selective_scan if _has_kernels(x, dt, size) else selective_scan_chunked
+    y, final_state = function(
+        x, dt, A, B, C, dt_bias=dt_bias, D=D, z=z,
+        initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+    )  # fmt: skip
     return y.to(x.dtype), final_state

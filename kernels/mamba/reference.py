@@ -1,6 +1,6 @@
 """Mamba's selective scan in plain PyTorch (arXiv:2312.00752): the truth, and the CPU backend.
 
-x, dt: [B, T, D].  A: [D, N], negative.  B, C: [B, T, N].  States: [B, D, N].
+x, dt, z: [B, T, D].  A: [D, N], negative.  B, C: [B, T, N].  dt_bias, D: [D].  States: [B, D, N].
 """
 
 from __future__ import annotations
@@ -13,6 +13,17 @@ from fla_dist.kernels.common.documents import document_starts
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
 
 
+def time_steps(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
+    return dt if dt_bias is None else F.softplus(dt + dt_bias)
+
+
+def gated(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """What follows the state: the channels' own inputs, and the gate."""
+    if D is not None:
+        y = y + D * x
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
 def selective_scan_recurrent(
     x: Tensor,
     dt: Tensor,
@@ -20,11 +31,15 @@ def selective_scan_recurrent(
     B: Tensor,
     C: Tensor,
     *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token: equation 2 with the decay of equation 4 (Euler for B)."""
     batch, length, channels = x.shape
+    dt = time_steps(dt, dt_bias)
     state = x.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state
     starts = None if doc_ids is None else document_starts(doc_ids)
     outputs = []
@@ -35,7 +50,7 @@ def selective_scan_recurrent(
             :, t, None
         ]
         outputs.append(torch.einsum("bdn,bn->bd", state, C[:, t]))
-    return torch.stack(outputs, dim=1), state
+    return gated(torch.stack(outputs, dim=1), x, D, z), state
 
 
 def selective_scan_chunked(
@@ -45,6 +60,9 @@ def selective_scan_chunked(
     B: Tensor,
     C: Tensor,
     *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
     scan: Scan = LOCAL,
@@ -55,9 +73,8 @@ def selective_scan_chunked(
     dtype = torch.promote_types(x.dtype, torch.float32)
     length = x.shape[1]
     padding = -length % chunk_size
-    A = A.to(dtype)
-    added = (dt * x).to(dtype)
-    passed = dt.to(dtype)
+    A, x, dt = (y.to(dtype) for y in (A, x, time_steps(dt.to(dtype), dt_bias)))
+    added, passed = dt * x, dt
     if doc_ids is not None:
         passed = passed.masked_fill(document_starts(doc_ids)[..., None], -RESET)
     added, passed, B, C = (
@@ -80,4 +97,4 @@ def selective_scan_chunked(
     entering, final = joined.wait()
     whole = torch.addcmul(torch.stack(states, dim=2), since_start, entering[:, :, None])
     output = torch.einsum("bnlds,bnls->bnld", whole, C)
-    return output.flatten(1, 2)[:, :length], final
+    return gated(output.flatten(1, 2)[:, :length], x, D, z), final

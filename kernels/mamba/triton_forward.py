@@ -1,14 +1,17 @@
 """The selective scan's forward in Triton: summarize segments, fold them, walk them.
 
 Notation: B batch, T tokens, D channels, N state numbers a channel, S segments, L tokens between
-checkpoints. x, dt, y are [B, T, D]; B, C are fp32 [B, T, N]; `rate` is log2(e) · A, fp32 [D, N];
-states are fp32 [B, S, D, N]. `b_*` are blocks in registers, `p_*` pointers, `o_*` offsets.
+checkpoints, H tokens of a tile. x, dt, z, y are [B, T, D]; B, C are fp32 [B, T, N]; `rate` is
+log2(e) · A, fp32 [D, N]; states are fp32 [B, S, D, N]. `b_*` are blocks in registers, `p_*`
+pointers, `o_*` offsets.
 
 A program owns BD channels of a segment and holds their states, [BD, BN], in the registers of one
 warp. N lies across a few lanes and four numbers a thread (the layout of rate's own loads), so that
-a token's B and C are one 16-byte load each and a sum over N is two shuffles. Tokens are walked one
-after the other; the loads of UNROLL tokens are in flight together. The exponential is what should
-bound these kernels: one a (token, channel, state number) and pass.
+a token's B and C are one 16-byte load each and a sum over N is two shuffles. Channels' numbers come
+in tiles of H tokens, [BD, H], spread over the warp: there, where each number is held once, go
+softplus, gate and D · x. `rows` then gives each thread its channels of every token by one exchange
+through shared memory, and tokens are walked one after the other. The exponential of the decay
+should bound these kernels: one a (token, channel, state number) and pass.
 """
 
 # Tuples of blocks grow while their loops are unrolled.
@@ -27,21 +30,86 @@ LOG2_E = 1.4426950408889634
 SEGMENT = 256
 """Tokens of a segment: short, so that one sequence fills the GPU; the states of all segments take
 an eighth of x in bf16."""
+TILE = 8
+"""Tokens of a tile."""
 CHECKPOINT = 16
 """Tokens between the states that the forward keeps for the backward."""
-UNROLL, OUTPUT_UNROLL, WARPS = 4, 8, 1
+WARPS = 1
+PASS_NONE: tl.constexpr = tl.constexpr(-RESET)
+"""The Δ of a decay that lets nothing pass: where a document starts."""
 
 
 @triton.jit
-def load_channels(p, mask):
-    """One token's numbers of BD channels, [BD, 1]."""
-    return tl.load(p, mask=mask, other=0.0).to(tl.float32)[:, None]
+def load(p, mask, EVEN: tl.constexpr):
+    """EVEN: blocks divide all axes, nothing needs a mask."""
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_states(p, mask):
-    """One token's B or C, [1, BN]."""
-    return tl.load(p, mask=mask, other=0.0)[None, :]
+def store(p, value, mask, EVEN: tl.constexpr):
+    value = value.to(p.dtype.element_ty)
+    if EVEN:
+        tl.store(p, value)
+    else:
+        tl.store(p, value, mask=mask)
+
+
+@triton.jit
+def rows(b_tile, M: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr):
+    """The columns of [M, H], each [M]."""
+    b_rows = (b_tile,)
+    for level in tl.static_range(LOG_H):
+        b_even, b_odd = (), ()
+        for i in tl.static_range(1 << level):
+            b_pair = tl.split(tl.reshape(b_rows[i], [M, H >> (level + 1), 2]))
+            b_even += (b_pair[0],)
+            b_odd += (b_pair[1],)
+        b_rows = b_even + b_odd
+    b_flat = ()
+    for i in tl.static_range(H):
+        b_flat += (tl.reshape(b_rows[i], [M]),)
+    return b_flat
+
+
+@triton.jit
+def row_pairs(b_first, b_second, M: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr):
+    """`rows` of two tiles by one exchange: H pairs. In fp32: each number of the tiles is converted
+    once, before."""
+    b_both = tl.reshape(tl.trans(tl.join(b_first, b_second), 0, 2, 1), [2 * M, H])
+    b_rows = rows(b_both, 2 * M, H, LOG_H)
+    b_pairs = ()
+    for i in tl.static_range(H):
+        b_pairs += (tl.split(tl.reshape(b_rows[i], [M, 2])),)
+    return b_pairs
+
+
+@triton.jit
+def add_lanes(
+    b_parts, M: tl.constexpr, G: tl.constexpr, LOG_G: tl.constexpr, H: tl.constexpr,
+    LOG_H: tl.constexpr,
+):  # fmt: skip
+    """[M, H] from H parts [M, G]: their sums over G, which lies across lanes. One exchange through
+    shared memory and additions, in place of shuffles for every part."""
+    b_joined = b_parts
+    for level in tl.static_range(LOG_H):
+        b_pairs = ()
+        for i in tl.static_range(H >> (level + 1)):
+            b_pairs += (tl.join(b_joined[i], b_joined[i + (H >> (level + 1))]),)
+        b_joined = b_pairs
+    b_sum = tl.trans(tl.reshape(b_joined[0], [M, G, H]), 0, 2, 1)
+    for level in tl.static_range(LOG_G):
+        b_half, b_other = tl.split(tl.reshape(b_sum, [M, H, G >> (level + 1), 2]))
+        b_sum = b_half + b_other
+    return tl.reshape(b_sum, [M, H])
+
+
+@triton.jit
+def add_numbers(b_x, BD: tl.constexpr, BN: tl.constexpr):
+    """[BD, BN / 4]: the sums over a thread's own four state numbers."""
+    return tl.sum(tl.reshape(b_x, [BD, BN // 4, 4]), axis=2)
 
 
 @triton.jit
@@ -52,21 +120,59 @@ def checkpoint_offsets(o_d, o_n, D):
 
 
 @triton.jit
-def decay(b_dt, b_rate, p_reset, inside, PACKED: tl.constexpr):
-    """exp(Δ A) of a token, or 0 where a document starts there."""
-    b_exponent = b_dt * b_rate
+def softplus(b_x):
+    """max(x, 0) + log(1 + exp(-|x|)); the logarithm as 2 atanh(w / (2 + w)), whose series keeps the
+    relative accuracy of small steps."""
+    b_w = tl.exp2(-1.4426950408889634 * tl.abs(b_x))
+    b_s = b_w / (2.0 + b_w)
+    b_square = b_s * b_s
+    b_sum = 1.0 / 15 + b_square * (1.0 / 17)
+    b_sum = 1.0 / 13 + b_square * b_sum
+    b_sum = 1.0 / 11 + b_square * b_sum
+    b_sum = 1.0 / 9 + b_square * b_sum
+    b_sum = 1.0 / 7 + b_square * b_sum
+    b_sum = 1.0 / 5 + b_square * b_sum
+    b_sum = 1.0 / 3 + b_square * b_sum
+    return tl.maximum(b_x, 0.0) + 2.0 * b_s * (1.0 + b_square * b_sum)
+
+
+@triton.jit
+def time_steps(b_raw, b_bias, mask, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
+    """Δ of a tile; 0 beyond the last token."""
+    b_dt = b_raw.to(tl.float32)
+    if SOFTPLUS:
+        b_dt = softplus(b_dt + b_bias[:, None])
+        if not EVEN:
+            b_dt = tl.where(mask, b_dt, 0.0)
+    return b_dt
+
+
+@triton.jit
+def passing(b_dt, doc_ids, o_t, first, length, PACKED: tl.constexpr, EVEN: tl.constexpr):
+    """Δ as the decay takes it: so large where a document starts that nothing passes."""
     if PACKED:
-        b_exponent += tl.load(p_reset, mask=inside, other=0.0)
-    return tl.exp2(b_exponent)
+        b_document = load(doc_ids + o_t, o_t < length, EVEN)
+        b_before = tl.load(doc_ids + o_t - 1, mask=(first + o_t > 0) & (o_t <= length), other=0)
+        starts = (b_document != b_before) & (o_t < length)
+        b_dt = tl.where(starts[None, :], PASS_NONE, b_dt)
+    return b_dt
+
+
+@triton.jit
+def load_bias(bias, o_d, mask_d, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
+    if SOFTPLUS:
+        return load(bias + o_d, mask_d, EVEN).to(tl.float32)
+    else:
+        return tl.zeros(o_d.shape, dtype=tl.float32)
 
 
 @triton.jit
 def summarize_kernel(
-    x, dt, rate, B, reset, state, log_decay,
+    x, dt, rate, B, bias, doc_ids, state, log_decay,
     T, segment, x_stride_b, dt_stride_b,
     D: tl.constexpr, N: tl.constexpr, x_stride_t: tl.constexpr, dt_stride_t: tl.constexpr,
-    RESET: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr,
-    PACKED: tl.constexpr, EVEN: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The state that a segment's tokens leave at its end, and the sum of its Δ.
 
@@ -74,38 +180,40 @@ def summarize_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    mask_d, mask_n = (o_d < D) | EVEN, (o_n < N) | EVEN
-    o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
-    x += i_b * x_stride_b + o_d
-    dt += i_b * dt_stride_b + o_d
-    B += i_b * T * N + o_n
-    reset += i_b * T
-    b_rate = tl.load(rate + o_dn, mask=mask, other=0.0)
-    b_h = tl.zeros([BD, BN], dtype=tl.float32)
-    b_total = tl.zeros([BD, 1], dtype=tl.float32)
-    restarts = 0.0
+    o_h = tl.arange(0, H)
+    mask_d, mask_n = o_d < D, o_n < N
+    o_dn, mask_dn = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
     first = i_s.to(tl.int64) * segment
-    for start in range(first, tl.minimum(first + segment, T), UNROLL):
-        p_x, p_dt = x + start * x_stride_t, dt + start * dt_stride_t
-        p_B, p_reset = B + start * N, reset + start
-        b_x, b_dt, b_B = (), (), ()
-        for i in tl.static_range(UNROLL):
-            inside = (start + i < T) | EVEN
-            b_x += (load_channels(p_x + i * x_stride_t, mask_d & inside),)
-            b_dt += (load_channels(p_dt + i * dt_stride_t, mask_d & inside),)
-            b_B += (load_states(p_B + i * N, mask_n & inside),)
-        for i in tl.static_range(UNROLL):
-            inside = (start + i < T) | EVEN
-            b_total += b_dt[i]
-            b_a = decay(b_dt[i], b_rate, p_reset + i, inside, PACKED)
-            b_h = b_a * b_h + (b_dt[i] * b_x[i]) * b_B[i]
-            if PACKED:
-                restarts += tl.load(p_reset + i, mask=inside, other=0.0)
-    if PACKED:
-        b_total = tl.where(restarts < 0.0, -RESET, b_total)
+    length = tl.minimum(segment, T - first).to(tl.int32)
+    x += i_b * x_stride_b + first * x_stride_t + o_h[None, :] * x_stride_t + o_d[:, None]
+    dt += i_b * dt_stride_b + first * dt_stride_t + o_h[None, :] * dt_stride_t + o_d[:, None]
+    B += (i_b * T + first) * N + o_n
+    doc_ids += i_b * T + first
+    b_rate = load(rate + o_dn, mask_dn, EVEN)
+    b_bias = load_bias(bias, o_d, mask_d, SOFTPLUS, EVEN)
+    b_h = tl.zeros([BD, BN], dtype=tl.float32)
+    b_passed = tl.zeros([BD, H], dtype=tl.float32)
+    mask = mask_d[:, None] & (o_h < length)[None, :]
+    b_x, b_raw = load(x, mask, EVEN), load(dt, mask, EVEN)
+    for start in range(0, length, H):
+        ahead = tl.minimum(start + H, (length - 1) // H * H)
+        mask = mask_d[:, None] & (ahead + o_h < length)[None, :]
+        b_next_x = load(x + ahead * x_stride_t, mask, EVEN)
+        b_next_raw = load(dt + ahead * dt_stride_t, mask, EVEN)
+        mask = mask_d[:, None] & (start + o_h < length)[None, :]
+        b_dt = time_steps(b_raw, b_bias, mask, SOFTPLUS, EVEN)
+        b_pass = passing(b_dt, doc_ids, start + o_h, first, length, PACKED, EVEN)
+        b_passed += b_pass
+        b_steps = row_pairs(b_pass, b_dt * b_x.to(tl.float32), BD, H, LOG_H)
+        for i in tl.static_range(H):
+            b_B = load(B + (start + i) * N, mask_n & (start + i < length), EVEN)
+            b_a = tl.exp2(b_steps[i][0][:, None] * b_rate)
+            b_h = b_a * b_h + b_steps[i][1][:, None] * b_B[None, :]
+        b_x, b_raw = b_next_x, b_next_raw
+    b_total = tl.minimum(tl.sum(b_passed, axis=1), PASS_NONE)
     stretch = i_b * tl.num_programs(1) + i_s
-    tl.store(state + stretch * D * N + o_dn, b_h, mask=mask)
-    tl.store(log_decay + stretch * D + o_d[:, None], b_total, mask=mask_d[:, None])
+    store(state + stretch * D * N + o_dn, b_h, mask_dn, EVEN)
+    store(log_decay + stretch * D + o_d, b_total, mask_d, EVEN)
 
 
 @triton.jit
@@ -143,55 +251,73 @@ def fold_kernel(
 
 @triton.jit
 def output_kernel(
-    x, dt, rate, B, C, reset, entries, y, checkpoints,
-    T, segment, x_stride_b, dt_stride_b,
+    x, dt, rate, B, C, bias, skip, z, doc_ids, entries, y, checkpoints,
+    T, segment, x_stride_b, dt_stride_b, z_stride_b,
     D: tl.constexpr, N: tl.constexpr, x_stride_t: tl.constexpr, dt_stride_t: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr, L: tl.constexpr,
-    PACKED: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr,
+    z_stride_t: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LOG_G: tl.constexpr,
+    H: tl.constexpr, LOG_H: tl.constexpr, L: tl.constexpr,
+    SOFTPLUS: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """y of a segment's tokens; with SAVE also the state before every L-th token.
 
-    Grid: (blocks of D, S, B). Reads x, dt, B, C once, writes y once.
+    Grid: (blocks of D, S, B). Reads x, dt, z, B, C once, writes y once.
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    mask_d, mask_n = (o_d < D) | EVEN, (o_n < N) | EVEN
-    o_dn, mask = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
-    x += i_b * x_stride_b + o_d
-    dt += i_b * dt_stride_b + o_d
-    y += i_b * T * D
-    o_u = tl.arange(0, UNROLL)
-    B += i_b * T * N + o_n
-    C += i_b * T * N + o_n
-    reset += i_b * T
-    checkpoints += i_b * tl.cdiv(T, L) * D * BN
-    b_rate = tl.load(rate + o_dn, mask=mask, other=0.0)
-    stretch = i_b * tl.num_programs(1) + i_s
-    b_h = tl.load(entries + stretch * D * N + o_dn, mask=mask, other=0.0)
+    o_h = tl.arange(0, H)
+    mask_d, mask_n = o_d < D, o_n < N
+    o_dn, mask_dn = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
     first = i_s.to(tl.int64) * segment
-    for start in range(first, tl.minimum(first + segment, T), UNROLL):
-        p_x, p_dt = x + start * x_stride_t, dt + start * dt_stride_t
-        p_y = y + start * D + o_d[:, None]
-        p_B, p_C, p_reset = B + start * N, C + start * N, reset + start
-        b_x, b_dt, b_B, b_C = (), (), (), ()
-        for i in tl.static_range(UNROLL):
-            inside = (start + i < T) | EVEN
-            b_x += (load_channels(p_x + i * x_stride_t, mask_d & inside),)
-            b_dt += (load_channels(p_dt + i * dt_stride_t, mask_d & inside),)
-            b_B += (load_states(p_B + i * N, mask_n & inside),)
-            b_C += (load_states(p_C + i * N, mask_n & inside),)
-        b_y = tl.zeros([BD, UNROLL], dtype=tl.float32)
+    length = tl.minimum(segment, T - first).to(tl.int32)
+    x += i_b * x_stride_b + first * x_stride_t + o_h[None, :] * x_stride_t + o_d[:, None]
+    dt += i_b * dt_stride_b + first * dt_stride_t + o_h[None, :] * dt_stride_t + o_d[:, None]
+    z += i_b * z_stride_b + first * z_stride_t + o_h[None, :] * z_stride_t + o_d[:, None]
+    y += (i_b * T + first) * D + o_h[None, :] * D + o_d[:, None]
+    B += (i_b * T + first) * N + o_n
+    C += (i_b * T + first) * N + o_n
+    doc_ids += i_b * T + first
+    checkpoints += (i_b * tl.cdiv(T, L) + first // L) * D * BN + checkpoint_offsets(o_d, o_n, D)
+    b_rate = load(rate + o_dn, mask_dn, EVEN)
+    b_bias = load_bias(bias, o_d, mask_d, SOFTPLUS, EVEN)
+    b_skip = load(skip + o_d, mask_d, EVEN)
+    stretch = i_b * tl.num_programs(1) + i_s
+    b_h = load(entries + stretch * D * N + o_dn, mask_dn, EVEN)
+    mask = mask_d[:, None] & (o_h < length)[None, :]
+    b_x, b_raw = load(x, mask, EVEN), load(dt, mask, EVEN)
+    b_z = b_x
+    if GATED:
+        b_z = load(z, mask, EVEN)
+    for start in range(0, length, H):
+        ahead = tl.minimum(start + H, (length - 1) // H * H)
+        mask = mask_d[:, None] & (ahead + o_h < length)[None, :]
+        b_next_x = load(x + ahead * x_stride_t, mask, EVEN)
+        b_next_raw = load(dt + ahead * dt_stride_t, mask, EVEN)
+        b_next_z = b_next_x
+        if GATED:
+            b_next_z = load(z + ahead * z_stride_t, mask, EVEN)
+        mask = mask_d[:, None] & (start + o_h < length)[None, :]
+        b_input = b_x.to(tl.float32)
+        b_dt = time_steps(b_raw, b_bias, mask, SOFTPLUS, EVEN)
+        b_pass = passing(b_dt, doc_ids, start + o_h, first, length, PACKED, EVEN)
+        b_steps = row_pairs(b_pass, b_dt * b_input, BD, H, LOG_H)
         if SAVE:
             if start % L == 0:
-                p_checkpoint = checkpoints + (start // L) * D * BN + checkpoint_offsets(o_d, o_n, D)
-                tl.store(p_checkpoint, b_h.to(checkpoints.dtype.element_ty), mask=mask)
-        for i in tl.static_range(UNROLL):
-            inside = (start + i < T) | EVEN
-            b_a = decay(b_dt[i], b_rate, p_reset + i, inside, PACKED)
-            b_h = b_a * b_h + (b_dt[i] * b_x[i]) * b_B[i]
-            b_y = tl.where(o_u[None, :] == i, tl.sum(b_h * b_C[i], axis=1)[:, None], b_y)
-        mask_y = mask_d[:, None] & ((start + o_u < T) | EVEN)[None, :]
-        tl.store(p_y + o_u[None, :] * D, b_y.to(y.dtype.element_ty), mask=mask_y)
+                store(checkpoints + (start // L) * D * BN, b_h, mask_dn, EVEN)
+        b_ys = ()
+        for i in tl.static_range(H):
+            mask_i = mask_n & (start + i < length)
+            b_B = load(B + (start + i) * N, mask_i, EVEN)
+            b_C = load(C + (start + i) * N, mask_i, EVEN)
+            b_a = tl.exp2(b_steps[i][0][:, None] * b_rate)
+            b_h = b_a * b_h + b_steps[i][1][:, None] * b_B[None, :]
+            b_ys += (add_numbers(b_h * b_C[None, :], BD, BN),)
+        b_y = add_lanes(b_ys, BD, BN // 4, LOG_G, H, LOG_H) + b_skip[:, None] * b_input
+        if GATED:
+            b_gate = b_z.to(tl.float32)
+            b_y *= b_gate * tl.sigmoid(b_gate)
+        store(y + start * D, b_y, mask, EVEN)
+        b_x, b_raw, b_z = b_next_x, b_next_raw, b_next_z
 
 
 def segments(length: int) -> int:
@@ -201,6 +327,11 @@ def segments(length: int) -> int:
 def padded(size: int) -> int:
     """N as blocks take it."""
     return max(4, triton.next_power_of_2(size))
+
+
+def log2(number: int) -> int:
+    """Of a power of two."""
+    return number.bit_length() - 1
 
 
 def block_size(size: int) -> int:
@@ -223,7 +354,7 @@ def checkpoint_dtype(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("fla_dist::selective_scan_summarize", mutates_args=())
 def summarize(
-    x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, reset: Tensor | None
+    x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, bias: Tensor | None, doc_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What each segment adds to the state, [B, S, D, N], and the sum of its Δ, [B, S, D, 1]."""
     batch, length, channels = x.shape
@@ -231,17 +362,19 @@ def summarize(
     state = rate.new_empty(batch, count, channels, size)
     log_decay = rate.new_empty(batch, count, channels, 1)
     summarize_kernel[(triton.cdiv(channels, block_size(size)), count, batch)](
-        x, dt, rate, B, rate if reset is None else reset, state, log_decay,
+        x, dt, rate, B, rate if bias is None else bias, rate if doc_ids is None else doc_ids,
+        state, log_decay,
         length, SEGMENT, x.stride(0), dt.stride(0),
         D=channels, N=size, x_stride_t=x.stride(1), dt_stride_t=dt.stride(1),
-        RESET=RESET, BD=block_size(size), BN=padded(size), UNROLL=UNROLL, PACKED=reset is not None,
-        EVEN=even(x, size), num_warps=WARPS,
+        BD=block_size(size), BN=padded(size), H=TILE, LOG_H=log2(TILE),
+        SOFTPLUS=bias is not None, PACKED=doc_ids is not None, EVEN=even(x, size),
+        num_warps=WARPS,
     )  # fmt: skip
     return state, log_decay
 
 
 @summarize.register_fake
-def _(x, dt, rate, B, reset):
+def _(x, dt, rate, B, bias, doc_ids):
     shape = (x.shape[0], segments(x.shape[1]), x.shape[2])
     return rate.new_empty(*shape, rate.shape[1]), rate.new_empty(*shape, 1)
 
@@ -270,20 +403,24 @@ def _(log_decay, rate, state, initial, reverse):
 
 @torch.library.custom_op("fla_dist::selective_scan_output", mutates_args=())
 def output(
-    x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, C: Tensor, reset: Tensor | None,
-    entries: Tensor, save: bool,
+    x: Tensor, dt: Tensor, rate: Tensor, B: Tensor, C: Tensor, bias: Tensor | None, skip: Tensor,
+    z: Tensor | None, doc_ids: Tensor | None, entries: Tensor, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, T, D], and the states before every CHECKPOINT-th token (empty unless `save`)."""
     batch, length, channels = x.shape
     size = rate.shape[1]
     y = x.new_empty(batch, length, channels)
     checkpoints = x.new_empty(_checkpoints(x, size, save), dtype=checkpoint_dtype(x))
+    gate = x if z is None else z
     output_kernel[(triton.cdiv(channels, block_size(size)), segments(length), batch)](
-        x, dt, rate, B, C, rate if reset is None else reset, entries, y, checkpoints,
-        length, SEGMENT, x.stride(0), dt.stride(0),
+        x, dt, rate, B, C, rate if bias is None else bias, skip, gate,
+        rate if doc_ids is None else doc_ids, entries, y, checkpoints,
+        length, SEGMENT, x.stride(0), dt.stride(0), gate.stride(0),
         D=channels, N=size, x_stride_t=x.stride(1), dt_stride_t=dt.stride(1),
-        BD=block_size(size), BN=padded(size), UNROLL=OUTPUT_UNROLL, L=CHECKPOINT,
-        PACKED=reset is not None, SAVE=save, EVEN=even(x, size), num_warps=WARPS,
+        z_stride_t=gate.stride(1), BD=block_size(size), BN=padded(size),
+        LOG_G=log2(padded(size) // 4), H=TILE, LOG_H=log2(TILE), L=CHECKPOINT,
+        SOFTPLUS=bias is not None, GATED=z is not None, PACKED=doc_ids is not None, SAVE=save,
+        EVEN=even(x, size), num_warps=WARPS,
     )  # fmt: skip
     return y, checkpoints
 
@@ -293,6 +430,6 @@ def _checkpoints(x: Tensor, size: int, save: bool) -> tuple[int, ...]:
 
 
 @output.register_fake
-def _(x, dt, rate, B, C, reset, entries, save):
+def _(x, dt, rate, B, C, bias, skip, z, doc_ids, entries, save):
     checkpoints = x.new_empty(_checkpoints(x, rate.shape[1], save), dtype=checkpoint_dtype(x))
     return x.new_empty(x.shape), checkpoints

@@ -14,20 +14,34 @@ from tests.kernels.interpreter import interpreted, run_interpreted
 from tests.packing import doc_ids_of, positions_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-NAMES = ("y", "final", "dx", "ddt", "dA", "dB", "dC", "dinitial")
+GATE = ("dt_bias", "D", "z")
 
 
-def make(batch: int, length: int, channels: int, size: int, decay: float) -> list[Tensor]:
-    """x, dt, A, B, C, initial_state."""
+def make(
+    batch: int, length: int, channels: int, size: int, decay: float, gate: bool = True
+) -> dict[str, Tensor]:
+    """The scan's tensors by name; with a bias, Δ is about `decay`, at most twice that without."""
     generator = torch.Generator().manual_seed(length + channels)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    dt = decay * torch.rand(batch, length, channels, generator=generator)
-    A = -torch.rand(channels, size, generator=generator) - 0.1
-    x, B, C = (normal(batch, length, width) for width in (channels, size, size))
-    return [x, dt, A, B, C, normal(batch, channels, size)]
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    x, z = normal(batch, length, channels), normal(batch, length, channels)
+    B, C = normal(batch, length, size), normal(batch, length, size)
+    tensors = {
+        "x": x,
+        "dt": decay * uniform(batch, length, channels),
+        "A": -uniform(channels, size),
+    }
+    tensors |= {"B": B, "C": C}
+    if gate:
+        tensors["dt"] = normal(batch, length, channels)
+        tensors["dt_bias"] = torch.full((channels,), decay).expm1().log().clamp(-14, decay)
+        tensors |= {"D": normal(channels), "z": z}
+    return tensors | {"initial_state": normal(batch, channels, size)}
 
 
 def doc_ids(length: int) -> Tensor:
@@ -38,26 +52,27 @@ def doc_ids(length: int) -> Tensor:
     return doc_ids_of(positions)
 
 
-def results(function, inputs: list[Tensor], ids: Tensor | None, state: bool) -> list[Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    *tensors, initial = inputs
-    outputs = function(*tensors, initial_state=initial if state else None, doc_ids=ids)
+def results(function, inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, Tensor]:
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    (*tensors,) = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
+    others = {name: x for name, x in inputs.items() if name in (*GATE, "initial_state")}
+    outputs = function(*tensors, **others, doc_ids=ids)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    wanted = inputs if state else tensors
-    return [*outputs, *torch.autograd.grad(outputs, wanted, weights)]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), weights)
+    named = {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+    return {"y": outputs[0], "final": outputs[1], **named}
 
 
-def errors(
-    function, inputs: list[Tensor], ids: Tensor | None, state: bool = True
-) -> dict[str, float]:
-    """Relative errors in the norm; NaN where something is not finite."""
-    got = results(function, inputs, ids, state)
-    exact = results(selective_scan_recurrent, [x.double() for x in inputs], ids, state)
-    return {
-        name: ((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item()
-        for name, x, y in zip(NAMES, got, exact, strict=False)
-    }
+def errors(function, inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, float]:
+    """Relative errors in the norm; infinite where something is not a number."""
+    got = results(function, inputs, ids)
+    exact = results(selective_scan_recurrent, {k: x.double() for k, x in inputs.items()}, ids)
+    found = {}
+    for name, x in got.items():
+        error = (x.double() - exact[name]).norm() / exact[name].norm().clamp(min=1e-30)
+        found[name] = float("inf") if error.isnan() else error.item()
+    return found
 
 
 class OneStretch:
@@ -78,35 +93,47 @@ def test_in_the_interpreter() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("length", "channels", "size", "decay", "packed", "state"),
+    ("length", "channels", "size", "decay", "packed", "gate"),
     [
         (1, 5, 3, 0.5, False, True),
         (15, 5, 3, 30.0, True, True),
         (33, 3, 4, 0.5, True, False),
         (100, 3, 5, 0.2, True, True),
         (16, 16, 4, 0.0, False, False),
+        (48, 16, 4, 0.1, True, True),
         (9, 5, 33, 0.5, False, True),
     ],
 )
 def test_kernels(
-    length: int, channels: int, size: int, decay: float, packed: bool, state: bool, monkeypatch
+    length: int, channels: int, size: int, decay: float, packed: bool, gate: bool, monkeypatch
 ) -> None:
     import tests.kernels.interpreter  # noqa: F401
     from fla_dist.kernels.mamba import triton_forward
 
     monkeypatch.setattr(triton_forward, "SEGMENT", 32)
     ids = doc_ids(length) if packed else None
-    function = over_ranks if length == 33 else segmented_selective_scan
-    found = errors(function, make(2, length, channels, size, decay), ids, state)
+    function = over_ranks if length in (33, 100) else segmented_selective_scan
+    inputs = make(2, length, channels, size, decay, gate)
+    if length == 33:
+        del inputs["initial_state"]
+    found = errors(function, inputs, ids)
     assert all(error < 1e-5 for error in found.values()), found
 
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+SEQUENCES = ("x", "dt", "B", "C", "z")
+
+
+def on_the_gpu(inputs: dict[str, Tensor], dtype: torch.dtype, *kept: str) -> dict[str, Tensor]:
+    """What has a time axis in `dtype`, but for `kept`."""
+    halved = [name for name in SEQUENCES if name not in kept]
+    return {k: x.cuda().to(dtype if k in halved else x.dtype) for k, x in inputs.items()}
 
 
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize(
     ("length", "channels", "size", "decay", "packed"),
     [
@@ -119,28 +146,40 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
         (1024, 96, 16, 0.0, False),
     ],
 )
-def test_on_the_gpu(dtype, length, channels, size, decay, packed) -> None:
-    x, dt, A, B, C, initial = (y.cuda() for y in make(2, length, channels, size, decay))
-    x, dt, B, C = (y.to(dtype) for y in (x, dt, B, C))
+def test_on_the_gpu(dtype, gate, length, channels, size, decay, packed) -> None:
+    inputs = on_the_gpu(make(2, length, channels, size, decay, gate), dtype)
     ids = doc_ids(length).cuda() if packed else None
-    found = errors(segmented_selective_scan, [x, dt, A, B, C, initial], ids)
+    found = errors(segmented_selective_scan, inputs, ids)
     assert all(error < TOLERANCE[dtype] for error in found.values()), found
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_fp32_time_steps_beside_bf16() -> None:
-    """What the mixer gives under autocast."""
-    x, dt, A, B, C, initial = (y.cuda() for y in make(2, 1100, 96, 16, 0.1))
-    inputs = [x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), initial]
+    """What a mixer without a bias may give under autocast."""
+    inputs = on_the_gpu(make(2, 1100, 96, 16, 0.1, False), torch.bfloat16, "dt")
     found = errors(segmented_selective_scan, inputs, doc_ids(1100).cuda())
     assert all(error < TOLERANCE[torch.bfloat16] for error in found.values()), found
 
 
 @pytest.mark.gpu
 @on_gpu
+def test_strided_inputs() -> None:
+    """As a mixer has them: x and z halves of one projection, B and C columns of another."""
+    inputs = on_the_gpu(make(2, 300, 64, 16, 0.1), torch.bfloat16)
+
+    def strided(x, dt, A, B, C, *, z, **others):
+        x, z = torch.cat([x, z], dim=-1).chunk(2, dim=-1)
+        _, B, C = torch.cat([B, B, C], dim=-1).chunk(3, dim=-1)
+        return segmented_selective_scan(x, dt, A, B, C, z=z, **others)
+
+    found = errors(strided, inputs, doc_ids(300).cuda())
+    assert all(error < TOLERANCE[torch.bfloat16] for error in found.values()), found
+
+
+@pytest.mark.gpu
+@on_gpu
 def test_twice_the_same_bits() -> None:
-    x, dt, A, B, C, initial = (y.cuda() for y in make(2, 700, 96, 16, 0.1))
-    inputs = [*(y.bfloat16() for y in (x, dt)), A, B.bfloat16(), C.bfloat16(), initial]
-    first, second = (results(segmented_selective_scan, inputs, None, True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    inputs = on_the_gpu(make(2, 700, 96, 16, 0.1), torch.bfloat16)
+    first, second = (results(segmented_selective_scan, inputs, None) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -114,6 +114,18 @@ def gsa_inputs(length: int, decay: float) -> list[Tensor]:
     return [q, k, v, -decay * torch.rand(2, length, 2, 3), torch.randn(2, 2, 3, 12)]
 
 
+def gated_mamba_inputs(length: int, decay: float) -> list[Tensor]:
+    *tensors, state = mamba_inputs(length, decay)
+    return [*tensors, torch.randn(6), torch.randn(6), torch.randn(2, length, 6), state]
+
+
+def gated_mamba_form(
+    function: Callable, *inputs: Tensor, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    *tensors, bias, D, z, state = inputs
+    return function(*tensors, dt_bias=bias, D=D, z=z, initial_state=state, doc_ids=doc_ids)
+
+
 FAMILIES = {
     "delta_rule": (delta_rule_inputs, gla_form, delta_rule_recurrent, delta_rule_chunked),
     "gated_delta_rule": (
@@ -129,6 +141,12 @@ FAMILIES = {
     "hgrn": (hgrn_inputs, mamba_form, hgrn_recurrent, hgrn_chunked),
     "hgrn2": (hgrn2_inputs, gla_form, hgrn2_recurrent, hgrn2),
     "mamba": (mamba_inputs, mamba_form, selective_scan_recurrent, selective_scan_chunked),
+    "mamba with gate": (
+        gated_mamba_inputs,
+        gated_mamba_form,
+        selective_scan_recurrent,
+        selective_scan_chunked,
+    ),
     "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
     "rwkv6": (rwkv6_inputs, mamba_form, rwkv6_recurrent, rwkv6),
     "simple_gla": (simple_gla_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),

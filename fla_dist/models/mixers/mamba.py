@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.short_convolution import short_convolution
-from fla_dist.models.layers import keep_fp32
+from fla_dist.models.layers import keep_fp32, time_step_bias_
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
-
-TIME_STEP_MIN, TIME_STEP_MAX = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -52,19 +49,17 @@ class Mamba(Mixer):
         x, z = self.input(x).chunk(2, dim=-1)
         left = stream.before("convolution", x, self.conv_weight.shape[1] - 1)
         x = short_convolution(
-            x, self.conv_weight, self.conv_bias, left_context=left, positions=stream.positions
-        )
-        x = F.silu(x).to(z.dtype)
+            x, self.conv_weight, self.conv_bias,
+            left_context=left, positions=stream.positions, activation="silu",
+        )  # fmt: skip
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
-        dt = F.linear(time_step, self.time_step_weight)
-        dt = F.softplus(dt.to(self.time_step_bias.dtype) + self.time_step_bias)
         y, state = selective_scan(
-            x, dt, -self.A_log.exp(), B, C,
+            x, F.linear(time_step, self.time_step_weight), -self.A_log.exp(), B, C,
+            dt_bias=self.time_step_bias, D=self.D, z=z,
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)
-        y = (y + self.D * x) * F.silu(z)
-        return self.output(y.to(z.dtype))
+        return self.output(y)
 
     def flops_per_token(self, sequence_length: int) -> float:
         # A state number: its decay, the decay's exp and product, the input's product and sum, the
@@ -90,9 +85,7 @@ class Mamba(Mixer):
         nn.init.uniform_(self.conv_bias, -bound, bound)
         bound = self.time_step_weight.shape[1] ** -0.5
         nn.init.uniform_(self.time_step_weight, -bound, bound)
-        log_min, log_max = math.log(TIME_STEP_MIN), math.log(TIME_STEP_MAX)
-        dt = torch.empty(channels).uniform_(log_min, log_max).exp()
+        time_step_bias_(self.time_step_bias)
         with torch.no_grad():
-            self.time_step_bias.copy_(dt + (-(-dt).expm1()).log())  # softplus⁻¹
             self.A_log.copy_(torch.arange(1, state_size + 1).log().expand(channels, -1))
         nn.init.ones_(self.D)

@@ -1,0 +1,218 @@
+"""The short convolution in Triton, forward and backward.
+
+Notation: B batch, T tokens, D channels, W taps, S segments, U tokens of a step. x, y and their
+gradients are [B, T, D]; left, the tokens before x, is [B, W-1, D]; weight is [D, W]. `b_*` are
+blocks in registers, [BD], one for each token.
+
+A token's row is read with its W-1 predecessors', which the cache holds: each kernel moves every
+number through memory once. Both should be bound by that.
+"""
+
+# Tuples of blocks grow while their loops are unrolled.
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHANNELS, STEP, SEGMENT, WARPS = 256, 8, 256, 4
+"""Channels of a program, tokens of a step, tokens of a segment of the backward."""
+
+
+@triton.jit
+def load_row(x, left, t, T, o_d, mask_d, x_stride_t, W: tl.constexpr, D: tl.constexpr):
+    """Token t of left and x one after the other, t from 1 - W; zeros beyond."""
+    inside = (t >= 0) & (t < T)
+    b_x = tl.load(x + t * x_stride_t + o_d, mask=mask_d & inside, other=0.0).to(tl.float32)
+    if W > 1:
+        before = (t < 0) & (t > -W)
+        b_left = tl.load(left + (t + W - 1) * D + o_d, mask=mask_d & before, other=0.0)
+        b_x += b_left.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def load_taps(weight, o_d, mask_d, W: tl.constexpr):
+    """The weights by distance: that of the token itself first."""
+    b_taps = ()
+    for j in tl.static_range(W):
+        b_taps += (tl.load(weight + o_d * W + W - 1 - j, mask=mask_d, other=0.0).to(tl.float32),)
+    return b_taps
+
+
+@triton.jit
+def short_convolution_kernel(
+    x, weight, bias, left, positions, y,
+    T, x_stride_b, x_stride_t,
+    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """y of U tokens and BD channels. Grid: (blocks of D, steps, B). Reads x, writes y: 4 bytes a
+    number in bf16."""
+    i_b = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * U
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    mask_d = o_d < D
+    x += i_b * x_stride_b
+    left += i_b * (W - 1) * D
+    positions += i_b * T
+    y += i_b * T * D
+    b_taps = load_taps(weight, o_d, mask_d, W)
+    b_bias = tl.zeros([BD], dtype=tl.float32)
+    if BIAS:
+        b_bias += tl.load(bias + o_d, mask=mask_d, other=0.0).to(tl.float32)
+    b_rows = ()
+    for i in tl.static_range(U + W - 1):
+        b_rows += (load_row(x, left, first + i - (W - 1), T, o_d, mask_d, x_stride_t, W, D),)
+    for i in tl.static_range(U):
+        t = first + i
+        position = tl.load(positions + t, mask=t < T, other=0)
+        b_y = b_bias + b_taps[0] * b_rows[i + W - 1]
+        for j in tl.static_range(1, W):
+            b_y += tl.where(position >= j, b_taps[j] * b_rows[i + W - 1 - j], 0.0)
+        if SILU:
+            b_y *= tl.sigmoid(b_y)
+        tl.store(y + t * D + o_d, b_y.to(y.dtype.element_ty), mask=mask_d & (t < T))
+
+
+@triton.jit
+def short_convolution_backward_kernel(
+    x, weight, bias, left, positions, dy, dx, dleft, dweight, dbias,
+    T, segment, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t,
+    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """dx of a segment's tokens, and its part of the weight's and bias' gradients.
+
+        p_t = dy_t, times silu' of the sum        dx_t = Σ_{j < W, j ≤ positions_{t+j}} w_j p_{t+j}
+        dw_j = Σ_{t, j ≤ positions_t} p_t x_{t-j}
+
+    Grid: (blocks of D, S, B). Reads x and dy, writes dx: 6 bytes a number in bf16. The first
+    segment starts U tokens early, with left's tokens. p is computed again for the W-1 tokens after
+    each step. dweight: fp32 [B, S, W, D] by distance; dbias: fp32 [B, S, D].
+    """
+    i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = i_s.to(tl.int64) * segment
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    mask_d = o_d < D
+    x += i_b * x_stride_b
+    dy += i_b * dy_stride_b
+    left += i_b * (W - 1) * D
+    dleft += i_b * (W - 1) * D
+    positions += i_b * T
+    dx += i_b * T * D
+    b_taps = load_taps(weight, o_d, mask_d, W)
+    b_bias = tl.zeros([BD], dtype=tl.float32)
+    if BIAS:
+        b_bias += tl.load(bias + o_d, mask=mask_d, other=0.0).to(tl.float32)
+    o_w = tl.arange(0, 4)
+    b_dweight = tl.zeros([4, BD], dtype=tl.float32)
+    b_dbias = tl.zeros([BD], dtype=tl.float32)
+    end = tl.minimum(first + segment, T)
+    for start in range(tl.where(i_s == 0, first - U, first), end, U):
+        b_rows, b_ps, positions_of = (), (), ()
+        for i in tl.static_range(U + 2 * (W - 1)):
+            b_rows += (load_row(x, left, start + i - (W - 1), T, o_d, mask_d, x_stride_t, W, D),)
+        for i in tl.static_range(U + W - 1):
+            t = start + i
+            inside = (t >= 0) & (t < T)
+            position = tl.load(positions + t, mask=inside, other=0)
+            b_p = tl.load(dy + t * dy_stride_t + o_d, mask=mask_d & inside, other=0.0).to(
+                tl.float32
+            )
+            if SILU:
+                b_sum = b_bias + b_taps[0] * b_rows[i + W - 1]
+                for j in tl.static_range(1, W):
+                    b_sum += tl.where(position >= j, b_taps[j] * b_rows[i + W - 1 - j], 0.0)
+                b_open = tl.sigmoid(b_sum)
+                b_p *= b_open * (1.0 + b_sum * (1.0 - b_open))
+            b_ps += (b_p,)
+            positions_of += (position,)
+        for i in tl.static_range(U):
+            t = start + i
+            b_dx = b_taps[0] * b_ps[i]
+            for j in tl.static_range(1, W):
+                b_dx += tl.where(positions_of[i + j] >= j, b_taps[j] * b_ps[i + j], 0.0)
+            b_dx = b_dx.to(dx.dtype.element_ty)
+            tl.store(dx + t * D + o_d, b_dx, mask=mask_d & (t >= 0) & (t < end))
+            if W > 1:
+                before = (t < 0) & (t > -W)
+                tl.store(dleft + (t + W - 1) * D + o_d, b_dx, mask=mask_d & before)
+            b_dbias += b_ps[i]
+        for j in tl.static_range(W):
+            b_sum = tl.zeros([BD], dtype=tl.float32)
+            for i in tl.static_range(U):
+                b_sum += tl.where(positions_of[i] >= j, b_ps[i] * b_rows[i + W - 1 - j], 0.0)
+            b_dweight += tl.where(o_w[:, None] == j, b_sum[None, :], 0.0)
+    stretch = i_b * tl.num_programs(1) + i_s
+    o_wd = (stretch * W + o_w[:, None]) * D + o_d[None, :]
+    tl.store(dweight + o_wd, b_dweight, mask=(o_w < W)[:, None] & mask_d[None, :])
+    tl.store(dbias + stretch * D + o_d, b_dbias, mask=mask_d)
+
+
+@torch.library.custom_op("fla_dist::short_convolution", mutates_args=())
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, positions: Tensor, silu: bool
+) -> Tensor:
+    """y [B, T, D] in x's dtype."""
+    batch, length, channels = x.shape
+    y = x.new_empty(batch, length, channels)
+    grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(length, STEP), batch)
+    short_convolution_kernel[grid](
+        x, weight, weight if bias is None else bias, left, positions, y,
+        length, x.stride(0), x.stride(1),
+        D=channels, W=weight.shape[1], U=STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return y
+
+
+@convolution.register_fake
+def _(x, weight, bias, left, positions, silu):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fla_dist::short_convolution_backward", mutates_args=())
+def convolution_backward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, positions: Tensor, dy: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, the weight, the bias (of zeros where there is none) and left."""
+    batch, length, channels = x.shape
+    width, count = weight.shape[1], triton.cdiv(length, SEGMENT)
+    dx, dleft = x.new_empty(x.shape), torch.empty_like(left)
+    dweight = x.new_empty(batch, count, width, channels, dtype=torch.float32)
+    dbias = x.new_empty(batch, count, channels, dtype=torch.float32)
+    short_convolution_backward_kernel[(triton.cdiv(channels, CHANNELS), count, batch)](
+        x, weight, weight if bias is None else bias, left, positions, dy, dx, dleft, dweight, dbias,
+        length, SEGMENT, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+        D=channels, W=width, U=STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
+        num_warps=WARPS,
+    )  # fmt: skip
+    by_distance = dweight.sum(dim=(0, 1))
+    dweight = by_distance.flip(0).t().contiguous().to(weight.dtype)
+    return dx, dweight, dbias.sum(dim=(0, 1)).to((weight if bias is None else bias).dtype), dleft
+
+
+@convolution_backward.register_fake
+def _(x, weight, bias, left, positions, dy, silu):
+    dbias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), torch.empty_like(weight), dbias, torch.empty_like(left)
+
+
+def _keep(ctx, inputs, output):
+    x, weight, bias, left, positions, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, left, positions)
+
+
+def _backward(ctx, dy):
+    x, weight, bias, left, positions = ctx.saved_tensors
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dx, dweight, dbias, dleft = convolution_backward(x, weight, bias, left, positions, dy, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, dleft, None, None
+
+
+convolution.register_autograd(_backward, setup_context=_keep)
