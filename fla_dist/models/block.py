@@ -115,7 +115,7 @@ ATTENTION = (
 
 
 def _policy(_context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    costly = re.match(r"fla_dist\.(?!short_convolution)", str(op)) or op in ATTENTION
+    costly = re.match(r"fla_dist\.(?!short_convolution|swiglu)", str(op)) or op in ATTENTION
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.MUST_RECOMPUTE
 
 

@@ -9,8 +9,8 @@ reaches other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class LanguageModel(nn.Module):
         """Logits [B, vocabulary] after the last of `tokens` [B, T], whose past is in `caches`, one
         a block."""
         x = self.embedding(tokens)
-        shared: dict[str, Tensor] = {}
+        shared: dict[Hashable, Any] = {}
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, CachedStream(positions, cache, shared))
         return self.head(self.norm(x[:, -1])).float()

@@ -7,12 +7,17 @@ stream and does not see which.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from fla_dist.kernels.attention import AttentionMask, attention, attention_mask
 from fla_dist.kernels.state import Scan
 from fla_dist.parallel.exchange import Exchange, LocalExchange
+
+Made = TypeVar("Made")
 
 
 class Stream:
@@ -30,12 +35,11 @@ class Stream:
         self.doc_ids = doc_ids
         self.scan: Scan = exchange.scan
         self.exchange = exchange
-        self._masks: dict[tuple[int | None, int], AttentionMask] = {}
-        self._shared: dict[str, Tensor] = {}
+        self._shared: dict[Hashable, Any] = {}
 
     def with_exchange(self, exchange: Exchange) -> Stream:
         stream = Stream(self.positions, self.doc_ids, exchange)
-        stream._masks, stream._shared = self._masks, self._shared
+        stream._shared = self._shared
         return stream
 
     def share(self, name: str, x: Tensor) -> Tensor:
@@ -43,13 +47,27 @@ class Stream:
         layer."""
         return self._shared.setdefault(name, x)
 
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made by the first of the model's layers that asks for `key`."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def attention_mask(self, window: int | None, context: int) -> AttentionMask:
-        """What the tokens see of themselves and of `context` tokens before them; made once for all
-        layers."""
-        key = (window, context)
-        if key not in self._masks:
-            self._masks[key] = attention_mask(self.positions, context=context, window=window)
-        return self._masks[key]
+        """What the tokens see of themselves and of `context` tokens before them."""
+        return self.once(
+            ("attention mask", window, context),
+            lambda: attention_mask(self.positions, context=context, window=window),
+        )
+
+    @property
+    def continues(self) -> bool:
+        """Whether tokens may have come before the slice, so that all ranks ask for them."""
+        return not isinstance(self.exchange, LocalExchange)
+
+    def context(self, width: int) -> int:
+        """How many of the `width` tokens before the slice there are."""
+        return min(width, self.exchange.tokens_before(self.positions.shape[1]))
 
     def before(self, name: str, x: Tensor, width: int) -> Tensor:
         """The `width` tokens before x [B, T, ...], zeros where there were none.
@@ -76,12 +94,19 @@ class CachedStream(Stream):
     for full attention. `shared` is that of all layers at these tokens."""
 
     def __init__(
-        self, positions: Tensor, cache: dict[str, Tensor], shared: dict[str, Tensor]
+        self, positions: Tensor, cache: dict[str, Tensor], shared: dict[Hashable, Any]
     ) -> None:
         doc_ids = (positions == 0).cumsum(dim=1).to(torch.int32)
         super().__init__(positions, doc_ids, LocalExchange())
         self._cache = cache
         self._shared = shared
+
+    @property
+    def continues(self) -> bool:
+        return True
+
+    def context(self, width: int) -> int:
+        return width
 
     def before(self, name: str, x: Tensor, width: int) -> Tensor:
         past = self._cache.get(name)

@@ -47,6 +47,9 @@ class Exchange(Protocol):
     def of_layer(self, index: int) -> Exchange:
         """The same for one layer, which messages then name."""
 
+    def tokens_before(self, length: int) -> int:
+        """Of the sequence, on the ranks before this one, whose slice has `length`."""
+
 
 class LocalExchange:
     """One process holds the whole sequence."""
@@ -64,6 +67,9 @@ class LocalExchange:
 
     def of_layer(self, index: int) -> LocalExchange:
         return self
+
+    def tokens_before(self, length: int) -> int:
+        return 0
 
 
 class MeshExchange:
@@ -90,6 +96,9 @@ class MeshExchange:
 
     def of_layer(self, index: int) -> MeshExchange:
         return MeshExchange(replace(self.slices, layer=index), self._whole)
+
+    def tokens_before(self, length: int) -> int:
+        return sum(self.slices.lengths_beside(length)[: self.slices.rank])
 
 
 class ReplayedExchange:
@@ -139,6 +148,9 @@ class ReplayedExchange:
 
     def of_layer(self, index: int) -> ReplayedExchange:
         return ReplayedExchange(self._exchange.of_layer(index))
+
+    def tokens_before(self, length: int) -> int:
+        return self._exchange.tokens_before(length)
 
     def start(
         self,

@@ -57,24 +57,38 @@ class Attention(Mixer):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_size)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        q, k = (
-            rotate(q, stream.positions, self.rope_theta),
-            rotate(k, stream.positions, self.rope_theta),
-        )
+        cosine, sine = self._rotation(stream)
+        q, k = turn(q, cosine, sine), turn(k, cosine, sine)
         if self.window_size is None:
             o = stream.full_attention("kv", q, k, v)
         else:
-            kv = torch.stack([k, v], dim=2)
-            before = stream.before("kv", kv, self.window_size - 1)
-            k, v = torch.cat([before, kv], dim=1).unbind(dim=2)
-            o = attention(q, k, v, stream.attention_mask(self.window_size, before.shape[1]))
+            o = self._in_window(q, k, v, stream, self.window_size)
         return self.output(rearrange(o, "b t h k -> b t (h k)"))
 
+    def _in_window(
+        self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window_size: int
+    ) -> Tensor:
+        width = window_size - 1
+        context = stream.context(width)
+        if stream.continues:
+            kv = torch.stack([k, v], dim=2)
+            before = stream.before("kv", kv, width)[:, width - context :]
+            k, v = torch.cat([before, kv], dim=1).unbind(dim=2)
+        return attention(q, k, v, stream.attention_mask(window_size, context))
+
     def prepare(self, stream: Stream) -> None:
+        self._rotation(stream)
         if self.window_size is None:
             stream.exchange.prepare_attention(self.num_heads, self.num_kv_heads, stream)
         else:
-            stream.attention_mask(self.window_size, self.window_size - 1)
+            stream.attention_mask(self.window_size, stream.context(self.window_size - 1))
+
+    def _rotation(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.qkv.weight.dtype, torch.float32)
+        return stream.once(
+            ("rotation", self.head_size, self.rope_theta),
+            lambda: rotation(stream.positions, self.head_size, self.rope_theta, dtype),
+        )
 
     def flops_per_token(self, sequence_length: int) -> float:
         window = min(self.window_size or sequence_length, sequence_length)
@@ -118,11 +132,22 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
     x: [B, T, H, K].  positions: [B, T].
     """
-    half = x.shape[-1] // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = (positions.to(dtype)[..., None] * frequency)[:, :, None]  # [B, T, 1, K/2]
-    cosine, sine = angle.cos(), angle.sin()
-    first, second = x.to(dtype).split(half, dim=-1)
+    return turn(x, *rotation(positions, x.shape[-1], theta, dtype))
+
+
+def rotation(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of heads of `size` = K, [B, T, 1, K/2] each."""
+    half = size // 2
+    frequency = theta ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+    angle = (positions.to(dtype)[..., None] * frequency)[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The halves of each head of x [B, T, H, K] turned by angles."""
+    first, second = x.to(cosine.dtype).chunk(2, dim=-1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return turned.to(x.dtype)

@@ -1,0 +1,3 @@
+from fla_dist.kernels.swiglu.op import swiglu_linear
+
+__all__ = ["swiglu_linear"]
