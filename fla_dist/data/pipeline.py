@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 PREFETCHED_BATCHES = 2
 OPEN_SHARDS = 16
+OPEN_SHARDS_OF_A_WINDOW = 128  # a sequence takes documents from all over its window
 KNOWN_COUNTS = 4096
 READ_ATTEMPTS = 3
 
@@ -210,7 +211,8 @@ class TokenPipeline:
             "window": data.sequence_length if best_fit else None,
         }
         self._builder = self._plan.make_builder(self._upcoming_units, data.num_workers)
-        keep = max(OPEN_SHARDS, 2 * lanes * len(self._plan.sources))
+        keep = OPEN_SHARDS_OF_A_WINDOW if best_fit else OPEN_SHARDS
+        keep = max(keep, 2 * lanes * len(self._plan.sources))
         self._reader = ShardReader(self._plan, self._builder, keep)
         self._start_state = self._state = self._order.state_dict()
         self._prefetched: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException]
