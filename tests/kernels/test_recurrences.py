@@ -27,6 +27,8 @@ from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.mamba2 import state_space_dual
+from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, state_space_dual_recurrent
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
@@ -119,6 +121,20 @@ def gated_mamba_inputs(length: int, decay: float) -> list[Tensor]:
     return [*tensors, torch.randn(6), torch.randn(6), torch.randn(2, length, 6), state]
 
 
+def mamba2_inputs(length: int, decay: float) -> list[Tensor]:
+    """Four heads in two groups."""
+    x, B, C = (torch.randn(2, length, *size) for size in ((4, 3), (2, 5), (2, 5)))
+    dt, A = torch.randn(2, length, 4), -decay * torch.rand(4)
+    return [x, dt, A, B, C, torch.randn(4), torch.randn(4), torch.randn(2, 4, 5, 3)]
+
+
+def mamba2_form(
+    function: Callable, *inputs: Tensor, doc_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    *tensors, bias, D, state = inputs
+    return function(*tensors, dt_bias=bias, D=D, initial_state=state, doc_ids=doc_ids)
+
+
 def gated_mamba_form(
     function: Callable, *inputs: Tensor, doc_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -146,6 +162,12 @@ FAMILIES = {
         gated_mamba_form,
         selective_scan_recurrent,
         selective_scan_chunked,
+    ),
+    "mamba2": (
+        mamba2_inputs,
+        mamba2_form,
+        state_space_dual_recurrent,
+        state_space_dual_chunked,
     ),
     "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
     "rwkv6": (rwkv6_inputs, mamba_form, rwkv6_recurrent, rwkv6),
@@ -286,3 +308,11 @@ def test_a_graph_is_freed_with_its_outputs(family: str) -> None:
             assert watched() is None
     finally:
         gc.enable()
+
+
+def test_state_space_dual_names_the_argument_that_does_not_fit() -> None:
+    x, dt, A, B, C, *_ = mamba2_inputs(9, 0.5)
+    with pytest.raises(ValueError, match="B has 3 groups, expected a divisor of x's 4 heads"):
+        state_space_dual(x, dt, A, torch.zeros(2, 9, 3, 5), C)
+    with pytest.raises(ValueError, match=r"state_space_dual: C is torch.float32, expected x's"):
+        state_space_dual(x, dt, A, B, C.float())

@@ -204,6 +204,8 @@ def test_parameters_that_stay_fp32_are_marked() -> None:
         ("gsa", {"num_slots": 0}, "num_slots: 0, expected at least 1"),
         ("mamba", {"state_size": 0}, "state_size: 0, expected at least 1"),
         ("mamba", {"time_step_rank": 0}, "time_step_rank: 0"),
+        ("mamba2", {"head_size": 7}, "head_size: 7, expected a divisor of the 32 channels"),
+        ("mamba2", {"num_groups": 3}, "num_groups: 3, expected a divisor of the 4 heads"),
     ],
 )
 def test_mixers_name_what_cannot_be(name: str, change: dict, message: str) -> None:

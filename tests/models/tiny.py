@@ -30,6 +30,7 @@ MIXERS = {
     "gsa": {"num_heads": 2, "num_slots": 3},
     "hgrn": {},
     "hgrn2": {"expansion": 4},
+    "mamba2": {"state_size": 5, "head_size": 8, "num_groups": 2},
     "rwkv6": {"head_size": 4, "shift_rank": 3, "decay_rank": 3},
 }
 """The window is longer than a slice of 12 tokens and shorter than one of 24."""
@@ -41,6 +42,7 @@ PATTERNS = {
     "retention": ("retention", "linear_attention"),
     "delta": ("delta_net", "gated_delta_net", "kda"),
     "rwkv7": ("rwkv7",),
+    "mamba2": ("mamba2",),
     "hgrn": ("hgrn", "hgrn2"),
     "rwkv6": ("rwkv6",),
     "gsa": ("gsa",),

@@ -25,6 +25,7 @@ from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
+from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, state_space_dual_recurrent
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
@@ -167,6 +168,21 @@ DELTA_RULES = {
     "kda": (kda_recurrent, kda_chunked),
     "rwkv7": (rwkv7_recurrent, rwkv7_chunked),
 }
+
+
+def mamba2_case(
+    local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str
+) -> dict[str, Tensor]:
+    function = state_space_dual_recurrent if form == "truth" else state_space_dual_chunked
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    output, state = function(
+        x["v"], x["g1"][..., :2].square(), -x["A"][0, :2].square(), x["k"][:, :, :1],
+        x["k2"][:, :, :1], D=x["A"][1, :2], initial_state=x["state"],
+        doc_ids=doc_ids_of(positions), **extra,
+    )  # fmt: skip
+    return {"output": output, "final": state}
+
+
 CASES = {
     **{family: (delta_case, {"family": family}) for family in DELTA_RULES},
     "gla": (gla_case, {}),
@@ -174,6 +190,7 @@ CASES = {
     "hgrn": (hgrn_case, {}),
     "hgrn2": (hgrn2_case, {}),
     "mamba": (mamba_case, {}),
+    "mamba2": (mamba2_case, {}),
     "rwkv6": (rwkv6_case, {}),
     "retention": (simple_gla_case, {"decay": "head"}),
     "simple gla": (simple_gla_case, {"decay": "token"}),
@@ -273,14 +290,15 @@ def test_divided_equals_whole(errors, name: str, starts: str, size: int) -> None
             assert error <= TOLERANCE, f"rank {rank}: {key}"
 
 
-def test_every_rank_may_give_its_final_state_a_gradient() -> None:
+@pytest.mark.parametrize("ranks_per_host", [2, 4])
+def test_every_rank_may_give_its_final_state_a_gradient(ranks_per_host: int) -> None:
     """All slices' final states in one loss, against the same slices one after the other."""
-    for gradient, expected in run_ranks(WORLD, final_state_gradients):
+    for gradient, expected in run_ranks(WORLD, final_state_gradients, ranks_per_host):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
-def final_state_gradients() -> tuple[Tensor, Tensor]:
-    mesh = build_mesh(WORLD)
+def final_state_gradients(ranks_per_host: int) -> tuple[Tensor, Tensor]:
+    mesh = build_mesh(WORLD, ranks_per_host=ranks_per_host)
     rank = mesh.sequence_parallel_rank
     names = ("q", "k", "v", "g")
     gradients = []

@@ -11,6 +11,7 @@ from fla_dist.models.mixers.hgrn2 import HGRN2
 from fla_dist.models.mixers.kda import KimiDeltaAttention
 from fla_dist.models.mixers.linear_attention import LinearAttention
 from fla_dist.models.mixers.mamba import Mamba
+from fla_dist.models.mixers.mamba2 import Mamba2
 from fla_dist.models.mixers.retention import Retention
 from fla_dist.models.mixers.rwkv6 import RWKV6
 from fla_dist.models.mixers.rwkv7 import RWKV7
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hgrn2": HGRN2,
     "linear_attention": LinearAttention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
     "retention": Retention,
     "rwkv6": RWKV6,
     "rwkv7": RWKV7,

@@ -1,0 +1,3 @@
+from fla_dist.kernels.mamba2.op import state_space_dual
+
+__all__ = ["state_space_dual"]

@@ -1,0 +1,116 @@
+"""Mamba-2's state space dual: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.common.validation import check, check_rank
+from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, through_attention
+from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
+from fla_dist.kernels.simple_gla.settings import SHORTEST
+from fla_dist.kernels.state import LOCAL, Scan
+
+CHECKED: set[tuple[torch.dtype, int, int]] = set()
+"""(dtype, N, P) at which simple GLA's kernels were checked on a GPU (compute capability 9.0) as
+this op calls them; the reference serves others."""
+
+
+def triton_state_space_dual(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+) -> tuple[Tensor, Tensor]:
+    """By simple GLA's kernels, for arguments that are checked."""
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return SegmentedSimpleGLA.apply(
+            rows_contiguous(q), rows_contiguous(k), v, g, initial_state, doc_ids, 1.0, on_gpu(scan)
+        )
+
+    return through_attention(attention, x, dt, A, B, C, dt_bias, D)
+
+
+def _has_kernels(x: Tensor, B: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    if capability(x) != 90 or (x.dtype, B.shape[-1], x.shape[-1]) not in CHECKED:
+        return False
+    decays = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
+    return x.shape[1] >= SHORTEST or not decays
+
+
+def state_space_dual(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2's selective state space with one decay a head (arXiv:2405.21060, section 5).
+
+        Δ_t = softplus(dt_t + dt_bias)                                  (dt_t without dt_bias)
+        h_t = exp(Δ_t A) h_{t-1} + B_tᵀ (Δ_t x_t)
+        y_t = C_t h_t + D x_t                                           (without D: C_t h_t)
+
+    Args:
+        x: [B, T, H, P], bf16 | fp16 | fp32 | fp64.      dt: [B, T, H].
+        A: [H] fp32, negative.      B, C: [B, T, G, N] in x's dtype; heads h H/G to (h+1) H/G - 1
+            share group h.
+        dt_bias: [H] fp32. With it, dt is what softplus turns into Δ; without it, dt is Δ itself,
+            not negative.
+        D: [H] fp32, how much of x goes past the state; none unless given.
+        initial_state: [B, H, N, P] fp32, the state before the first token of the whole stream (of
+            the first rank's slice).
+        doc_ids: [B, T] int32, never falling along T; the state restarts where it rises, and 0 is
+            the document that `initial_state` belongs to.
+        scan: how stretches of the sequence are joined: LOCAL, or one made by fla_dist.parallel.
+
+    Returns:
+        y [B, T, H, P] in x's dtype, final_state [B, H, N, P] fp32: the state after the last token
+        of this slice.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument and what was
+        expected.
+    """
+    op = "state_space_dual"
+    check_rank(op, "x", x, "B T H P")
+    check_rank(op, "B", B, "B T G N")
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{op}: B has {groups} groups, expected a divisor of x's {heads} heads")
+    check(op, "dt", dt, (batch, length, heads), x)
+    check(op, "A", A, (heads,), x)
+    check(op, "B", B, (batch, length, groups, size), x)
+    check(op, "C", C, (batch, length, groups, size), x)
+    check(op, "dt_bias", dt_bias, (heads,), x)
+    check(op, "D", D, (heads,), x)
+    check(op, "initial_state", initial_state, (batch, heads, size, width), x)
+    check(op, "doc_ids", doc_ids, (batch, length), x)
+    for name, y in (("B", B), ("C", C)):
+        if y.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} is {y.dtype}, expected x's {x.dtype}")
+    kernels = _has_kernels(x, B, (dt, A, dt_bias))
+    function = triton_state_space_dual if kernels else state_space_dual_chunked
+    y, state = function(
+        x, dt, A, B, C, dt_bias=dt_bias, D=D,
+        initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+    )  # fmt: skip
+    return y.to(x.dtype), state
