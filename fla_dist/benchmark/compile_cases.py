@@ -11,8 +11,10 @@ from torch import Tensor
 from fla_dist.benchmark.compile_check import compile_for, record
 from fla_dist.kernels.gla import steps as gla
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
+from fla_dist.kernels.linear_cross_entropy.triton_kernels import token_losses
 from fla_dist.kernels.simple_gla import steps as simple_gla
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
+from fla_dist.kernels.swiglu.triton_kernels import swiglu, swiglu_backward
 
 _ARCHITECTURES = (80, 90)
 
@@ -56,6 +58,20 @@ def _gla(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) -> Ca
     return launches
 
 
+def _loss_and_mlp(dtype: torch.dtype) -> Callable[[], None]:
+    def launches() -> None:
+        labels = torch.zeros(64, dtype=torch.int64)
+        for weights in (None, torch.empty(64)):
+            for gradient in (False, True):
+                logits = torch.empty(64, 32000, dtype=dtype)
+                token_losses._init_fn(logits, labels, weights, 0.0, gradient)
+        gate_up = torch.empty(64, 12288, dtype=dtype)
+        swiglu._init_fn(gate_up)
+        swiglu_backward._init_fn(gate_up, torch.empty(64, 6144, dtype=dtype))
+
+    return launches
+
+
 def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
@@ -72,6 +88,8 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
                         f"{name} K={key_size} V={value_size} {dtype} {'packed' if packed else ''}"
                     )
                     yield label, make(key_size, value_size, dtype, packed)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"loss and SwiGLU {dtype}", _loss_and_mlp(dtype)
 
 
 def check_all(*, thorough: bool) -> bool:

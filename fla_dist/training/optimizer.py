@@ -48,7 +48,7 @@ class ClippingAdamW(torch.optim.AdamW):
         self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
-        if self._max_norm:
+        if 0 < self._max_norm < self._global_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
         super().step()
 
