@@ -38,6 +38,24 @@ def test_neighbours_share_a_sequence() -> None:
         assert "sequence_parallel_size is 3, expected a divisor of the 4 rank(s)" in got["refusal"]
 
 
+def groups_of_hosts() -> tuple[list[int], list[int], str]:
+    mesh = build_mesh(4, ranks_per_host=2)
+    assert mesh.spans_hosts
+    return (
+        dist.get_process_group_ranks(mesh.host_group),
+        dist.get_process_group_ranks(mesh.cross_group),
+        mesh.state_exchange,
+    )
+
+
+def test_hosts_divide_the_ranks_of_a_sequence() -> None:
+    for rank, (host, cross, exchange) in enumerate(run_ranks(8, groups_of_hosts)):
+        first = rank // 4 * 4
+        assert host == ([first, first + 1] if rank % 4 < 2 else [first + 2, first + 3])
+        assert cross == [first + rank % 2, first + rank % 2 + 2]
+        assert exchange == "hierarchical"
+
+
 def test_one_process_needs_no_process_group() -> None:
     assert build_mesh(1) == Mesh()
     with pytest.raises(ValueError, match="sequence_parallel_size is 2"):

@@ -3,8 +3,11 @@ the ranks that wrote it."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from fla_dist.training.plan import plan_batches
 from tests.models.tiny import tiny_config
 from tests.packing import LENGTH, PackedTokens
 from tests.parallel.ranks import run_ranks
+from tests.training.launching import records, run, torchrun, write_run
 from tests.training.test_engine import CPU, MIXED, SETTINGS, batch_of, prepare_rank, weights_of
 from tests.training.tiny import tiny_run
 
@@ -128,3 +132,27 @@ def test_more_ranks_and_a_larger_sequence_parallel_size(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_stage_and_mesh(tmp_path: Path) -> None:
     check(tmp_path, list(ZEROS), [(1, 1), (2, 1), (4, 2), (4, 4)])
+
+
+@pytest.mark.slow
+def test_a_whole_run_goes_on_with_the_same_samples_on_other_ranks(tmp_path: Path) -> None:
+    """Two ranks that share each sequence, then one rank alone: the same losses step by step."""
+    text = tmp_path / "lines.jsonl"
+    documents = [topics[name] for name in sorted(topics) if len(topics[name]) < 4000][:40]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    folder = tmp_path / "run"
+    config = write_run(folder, text, tmp_path / "cache", training={"max_steps": 6})
+    code, output = run(torchrun(2), "--config", config)
+    assert code == 0, output
+    expected = {r["step"]: r for r in records(folder)}
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    arguments = ("--config", str(config), "--parallelism.sequence_parallel_size", "1")
+    code, output = run(torchrun(1), *arguments)
+    assert code != 0 and "checkpoint.reshard true continues it" in output
+    code, output = run(torchrun(1), *arguments, "--checkpoint.reshard", "true")
+    assert code == 0, output
+    again = records(folder)[6:]
+    assert [record["step"] for record in again] == [4, 5, 6]
+    for record in again:
+        for key in ("loss", "grad_norm", "tokens", "lr"):
+            assert record[key] == pytest.approx(expected[record["step"]][key], rel=2e-5), key
