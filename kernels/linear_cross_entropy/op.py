@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.linear_cross_entropy.reference import token_losses_reference
 from fla_dist.kernels.linear_cross_entropy.triton_kernels import token_losses
@@ -105,7 +106,7 @@ def _token_losses(
     logits: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses of the tokens, and the gradient of the logits; the logits are not kept."""
-    if logits.is_cuda and logits.dtype != torch.float64:
+    if capability(logits) == 90 and logits.dtype != torch.float64:
         losses = token_losses(logits, labels, weights, z_loss, gradient)
         return losses, logits
     return token_losses_reference(logits, labels, weights, z_loss, gradient)

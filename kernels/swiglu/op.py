@@ -8,8 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.validation import check
 from fla_dist.kernels.swiglu.triton_kernels import swiglu, swiglu_backward
+
+CHECKED: tuple[int, ...] = ()
+"""Compute capabilities at which the kernels were checked on a GPU; plain PyTorch serves others."""
+
+
+def triton_swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """The kernels, for arguments that are checked."""
+    rows = gate_up.flatten(0, -2).contiguous()
+    y = SwiGLULinear.apply(rows, weight.to(gate_up.dtype))
+    return y.unflatten(0, gate_up.shape[:-1])
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -27,10 +38,8 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """
     width = gate_up.shape[-1] // 2
     check("swiglu_linear", "weight", weight, (weight.shape[0], width), gate_up)
-    if gate_up.is_cuda and gate_up.dtype != torch.float64:
-        flat = gate_up.flatten(0, -2).contiguous()
-        y = SwiGLULinear.apply(flat, weight.to(gate_up.dtype))
-        return y.unflatten(0, gate_up.shape[:-1])
+    if capability(gate_up) in CHECKED and gate_up.dtype != torch.float64:
+        return triton_swiglu_linear(gate_up, weight)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, weight)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.swiglu import swiglu_linear
-from fla_dist.kernels.swiglu.op import SwiGLULinear
+from fla_dist.kernels.swiglu.op import triton_swiglu_linear
 from tests.kernels.interpreter import interpreted, run_interpreted
 
 
@@ -27,7 +27,7 @@ def test_kernels_equal_autograd(rows: int, width: int) -> None:
     weight = torch.randn(7, width, requires_grad=True)
     dy = torch.randn(rows, 7)
     outcomes = []
-    for function, wide in ((SwiGLULinear.apply, torch.float32), (plain, torch.float64)):
+    for function, wide in ((triton_swiglu_linear, torch.float32), (plain, torch.float64)):
         inputs = [x.detach().to(wide).requires_grad_() for x in (gate_up, weight)]
         y = function(*inputs)
         outcomes.append([y, *torch.autograd.grad(y, inputs, dy.to(wide))])
@@ -43,7 +43,7 @@ def test_gpu_equals_fp64(dtype: torch.dtype, bound: float) -> None:
     gate_up, dy = (torch.randn(2, 333, n, device="cuda", dtype=dtype) for n in (3000, 256))
     weight = torch.randn(256, 1500, device="cuda", dtype=dtype)
     outcomes = []
-    for function, wide in ((swiglu_linear, dtype), (plain, torch.float64)):
+    for function, wide in ((triton_swiglu_linear, dtype), (plain, torch.float64)):
         inputs = [x.detach().to(wide).requires_grad_() for x in (gate_up, weight)]
         y = function(*inputs)
         outcomes.append([y, *torch.autograd.grad(y, inputs, dy.to(wide))])
