@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fla_dist.kernels.mamba import op as mamba
 from fla_dist.kernels.short_convolution import op as convolution
+from fla_dist.kernels.swiglu import op as swiglu
 from fla_dist.models import LanguageModel, block
 from fla_dist.models.block import Block
 from fla_dist.models.stream import Stream
@@ -108,10 +109,11 @@ def compiled_on_ranks() -> tuple[list[float], dict[int, int]]:
 def test_a_block_is_one_graph(
     name: str, function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where scan and convolution are kernels; the graph is captured, and not run."""
+    """As on a GPU, where these ops are kernels; the graph is captured, and not run."""
     monkeypatch.setattr(mamba, "capability", lambda x: 90)
     monkeypatch.setattr(convolution, "capability", lambda x: 90)
     monkeypatch.setattr(convolution, "CHECKED", (4,))
+    monkeypatch.setattr(swiglu, "CHECKED", (0,))
     graphs: list[torch.fx.GraphModule] = []
 
     class Captured(Exception):
