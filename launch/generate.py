@@ -15,6 +15,7 @@ import torch
 from fla_dist.config import ConfigError, config_from_dict
 from fla_dist.data.tokenizer import open_tokenizer
 from fla_dist.models import LanguageModel
+from fla_dist.models.initialization import Uninitialized
 from fla_dist.training.checkpoint import TOKENIZER, find_checkpoint, load_weights
 from fla_dist.training.distributed import RunError
 
@@ -36,7 +37,8 @@ def main() -> None:
     config = config_from_dict(tree)
     tokenizer = open_tokenizer(path / TOKENIZER)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LanguageModel(config.model)
+    with Uninitialized():
+        model = LanguageModel(config.model)
     model.load_state_dict(weights)
     model.to(device)
     prompt = tokenizer.encode(arguments.prompt)

@@ -11,7 +11,8 @@ from fla_dist.kernels.attention.mask import AttentionMask
 from fla_dist.kernels.attention.reference import attention_blocked
 from fla_dist.kernels.common.validation import check, check_rank
 
-_flex_attention = torch.compile(flex_attention, dynamic=False)
+_flex_attention = torch.compile(flex_attention)
+"""Outside of compiled blocks, where lengths vary: validation, prompts."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
