@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch.distributed import Work
 
 from fla_dist.parallel.mesh import Mesh
@@ -67,7 +68,7 @@ class Slices:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, ExchangeError):
+            if isinstance(error, ExchangeError | torch.OutOfMemoryError):
                 raise
             label, reason = self._label(phase), str(error).split(". ")[0]
             watch = current_watch()

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.state import Pending, Transition, fold
+from fla_dist.kernels.common.fold import compose, fold_states
+from fla_dist.kernels.state import Pending, Transition
 from fla_dist.parallel.collectives import Steps, Transfer, all_gather, all_to_all
 from fla_dist.parallel.slices import Slices
 
@@ -47,7 +48,7 @@ class StateScan:
         if reverse_of is None:
             return PendingStateScan(self._slices, transition, state, initial, None)
         assert isinstance(reverse_of, PendingStateScan)
-        return PendingStateScan(self._slices, transition, state, initial, reverse_of.kept)
+        return PendingStateScan(self._slices, transition, state, initial, reverse_of)
 
 
 class PendingStateScan:
@@ -55,6 +56,7 @@ class PendingStateScan:
 
     Attributes:
         transition: of this rank's stretches.
+        total: of its slice, by rows.
         kept: of other ranks; there after a forward's `wait`.
     """
 
@@ -64,32 +66,39 @@ class PendingStateScan:
         transition: Transition,
         state: Tensor,
         initial: Tensor | None,
-        kept: Kept | None,
+        forward: PendingStateScan | None,
     ) -> None:
         self.transition = transition
-        self._reverse = kept is not None
-        self.kept: Kept = kept or []
+        self._reverse = forward is not None
         self._first = slices.rank == 0
         if not self._reverse and not self._first:
             initial = None  # the stream starts on the first rank
         entering = torch.zeros_like(state[:, 0]) if initial is None else initial
-        _, leaving = fold(transition, state, entering, reverse=self._reverse)
-        total, rows = transition.total().rows(leaving.unsqueeze(1))
+        _, leaving = fold_states(transition, state, entering, reverse=self._reverse)
+        if forward is None:
+            self.total, rows = compose(transition).rows(leaving.unsqueeze(1))
+            self.kept: Kept = []
+        else:
+            self.total, self.kept = forward.total, forward.kept
+            rows = leaving.reshape(forward.rows_shape)
+        self.rows_shape: torch.Size = rows.shape
         hierarchical = slices.mesh.state_exchange == "hierarchical"
         steps = (_hierarchical if hierarchical else _gathered)(
-            slices, total, rows, self.kept, self._reverse
+            slices, self.total, rows, self.kept, self._reverse
         )
         phase = f"states, {'backward' if self._reverse else 'forward'}"
         self._transfer: Any = Transfer(steps, slices, phase, state.device)
         # On a GPU another stream still reads what was summarized: it is held until then.
-        self._arguments: Any = (state, entering, total, rows)
+        self._arguments: Any = (state, entering, rows)
 
     @torch.compiler.disable
     def wait(self) -> tuple[Tensor, Tensor]:
         state, entering, *_ = self._arguments
         incoming = self._transfer.wait().reshape(entering.shape)
         self._transfer = self._arguments = None
-        entries, final = fold(self.transition, state, incoming + entering, reverse=self._reverse)
+        entries, final = fold_states(
+            self.transition, state, incoming + entering, reverse=self._reverse
+        )
         if self._reverse and not self._first:
             final = torch.zeros_like(final)  # this rank's initial state was not used
         return entries, final
@@ -121,17 +130,17 @@ def _hierarchical(
     own = slice(place * share, (place + 1) * share)
     total, rows = total.map(lambda y: y[:, :, own]), rows[:, :, own]
     ranks, rank_states = _unpack(received, total, rows, kept, 0, reverse)
-    _, host_state = fold(ranks, rank_states, torch.zeros_like(rows[:, 0]), reverse=reverse)
+    _, host_state = fold_states(ranks, rank_states, torch.zeros_like(rows[:, 0]), reverse=reverse)
 
     # 2. The share's maps of all hosts; what enters this host.
-    message = _pack(ranks.total(), host_state.unsqueeze(1), 1, reverse)
+    message = _pack(ranks if reverse else compose(ranks), host_state.unsqueeze(1), 1, reverse)
     gathered = message.new_empty(hosts, message.numel())
     yield [all_gather(gathered.view(-1), message.view(-1), group=mesh.cross_group, async_op=True)]
     others, host_states = _unpack(gathered, total, rows, kept, 1, reverse)
     entering = _passed(others, host_states, host, reverse)
 
     # 3. What enters each rank of this host, and back to it.
-    entries, _ = fold(ranks, rank_states, entering, reverse=reverse)
+    entries, _ = fold_states(ranks, rank_states, entering, reverse=reverse)
     message = entries.reshape(local, -1)
     received = torch.empty_like(message)
     yield [all_to_all(received, message, group=mesh.host_group, async_op=True)]
@@ -165,5 +174,5 @@ def _unpack(
 def _passed(transition: Transition, states: Tensor, index: int, reverse: bool) -> Tensor:
     """What the stretches before `index` (in reverse, after it) hand on."""
     zeros = torch.zeros_like(states[:, 0])
-    entries, _ = fold(transition, states, zeros, reverse=reverse)
+    entries, _ = fold_states(transition, states, zeros, reverse=reverse)
     return entries[:, index]
