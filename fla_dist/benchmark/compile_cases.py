@@ -11,6 +11,7 @@ from torch import Tensor
 from fla_dist.benchmark.compile_check import compile_for, record
 from fla_dist.kernels.gla import steps as gla
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
+from fla_dist.kernels.hgrn import steps as hgrn
 from fla_dist.kernels.linear_cross_entropy.triton_kernels import token_losses
 from fla_dist.kernels.simple_gla import steps as simple_gla
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
@@ -72,6 +73,18 @@ def _loss_and_mlp(dtype: torch.dtype) -> Callable[[], None]:
     return launches
 
 
+def _hgrn(dtype: torch.dtype, gate_dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+    def launches() -> None:
+        x, g = (torch.empty(1, 2048, 2048, dtype=kind) for kind in (dtype, gate_dtype))
+        starts = torch.zeros(1, 2048, dtype=torch.bool) if packed else None
+        state = torch.empty(1, 2048) if packed else None
+        for write in (True, False):
+            hgrn.forward.function(x, g, starts, state, write)
+            hgrn.backward.function(x, g, x, x, starts, state, state, write)
+
+    return launches
+
+
 def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
@@ -88,6 +101,12 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
                         f"{name} K={key_size} V={value_size} {dtype} {'packed' if packed else ''}"
                     )
                     yield label, make(key_size, value_size, dtype, packed)
+    gates = [(torch.bfloat16, torch.bfloat16, False), (torch.bfloat16, torch.float32, True)]
+    if thorough:
+        gates += [(torch.float16, torch.float32, True), (torch.float32, torch.float32, True)]
+    for dtype, gate_dtype, packed in gates:
+        label = f"hgrn {dtype} gates {gate_dtype} {'packed' if packed else ''}"
+        yield label, _hgrn(dtype, gate_dtype, packed)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"loss and SwiGLU {dtype}", _loss_and_mlp(dtype)
 

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked
+from fla_dist.kernels.gsa import gsa
+from fla_dist.kernels.gsa.reference import gsa_chunked
+from fla_dist.kernels.hgrn import hgrn
+from fla_dist.kernels.hgrn.reference import hgrn_chunked
+from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.retention import linear_attention, retention, retention_decay
+from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.simple_gla import simple_gla
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
 
@@ -58,17 +64,50 @@ SHAPES = (
 @dataclass(frozen=True)
 class Op:
     """decay: makes the decay argument, or None where there is none.  peer: (module, name) in
-    flash-linear-attention."""
+    flash-linear-attention.  inputs: makes all arguments, by name, where they are not q, k, v and
+    the decay.  products: FLOPs of the forward's matrix products a token and head, 4KV unless
+    given."""
 
     call: Callable[..., tuple[Tensor, Tensor]]
     reference: Callable[..., tuple[Tensor, Tensor]]
     decay: Callable[[Shape, torch.dtype], Tensor] | None
     decay_has_gradient: bool
     peer: tuple[str, str] | None
+    inputs: Callable[[Shape, torch.dtype], dict[str, Tensor]] | None = None
+    products: Callable[[Shape], float] | None = None
+
+
+SLOTS = 64
 
 
 def _log_sigmoid(*shape: int) -> Tensor:
     return F.logsigmoid(torch.randn(*shape, device="cuda")) / 16
+
+
+def _normal(shape: Shape, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape.B, shape.T, shape.H, width, device="cuda", dtype=dtype)
+
+
+def _hgrn_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """D = H·K channels."""
+    g = _log_sigmoid(s.B, s.T, s.H * s.K).to(dtype)
+    return {"x": torch.randn_like(g), "g": g}
+
+
+def _hgrn2_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    g = _log_sigmoid(s.B, s.T, s.H, s.K).to(dtype)
+    return {"q": _normal(s, s.K, dtype), "v": _normal(s, s.V, dtype), "g": g}
+
+
+def _rwkv6_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    r, k, v = (_normal(s, width, dtype) for width in (s.K, s.K, s.V))
+    g, u = _log_sigmoid(s.B, s.T, s.H, s.K).to(dtype), torch.randn(s.H, s.K, device="cuda")
+    return {"r": r, "k": k, "v": v, "g": g, "u": u}
+
+
+def _gsa_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    q, k, v = (_normal(s, width, dtype) for width in (s.K, s.K, s.V))
+    return {"q": q, "k": k, "v": v, "g": _log_sigmoid(s.B, s.T, s.H, SLOTS).to(dtype)}
 
 
 OPS = {
@@ -88,12 +127,31 @@ OPS = {
         gla, gla_chunked, lambda s, dtype: _log_sigmoid(s.B, s.T, s.H, s.K).to(dtype), True,
         ("fla.ops.gla", "chunk_gla"),
     ),
+    "hgrn": Op(
+        hgrn, lambda x, g, scale: hgrn_chunked(x, g), None, True,
+        ("fla.ops.hgrn", "chunk_hgrn"), _hgrn_inputs, lambda s: 0.0,
+    ),
+    "hgrn2": Op(
+        hgrn2, lambda q, v, g, scale: gla_chunked(q, -g.expm1(), v, g, scale=scale), None, True,
+        None, _hgrn2_inputs,
+    ),
+    "rwkv6": Op(
+        rwkv6, lambda r, k, v, g, u, scale: rwkv6(r, k, v, g, u), None, True,
+        ("fla.ops.rwkv6", "chunk_rwkv6"), _rwkv6_inputs,
+    ),
+    "gsa": Op(
+        gsa, gsa_chunked, None, True, None, _gsa_inputs, lambda s: 4 * SLOTS * (s.K + s.V),
+    ),
 }  # fmt: skip
 
 
 def make_inputs(op: Op, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The op's arguments, and the gradient of its output."""
     torch.manual_seed(0)
+    if op.inputs is not None:
+        inputs = [x.requires_grad_() for x in op.inputs(shape, dtype).values()]
+        with torch.no_grad():
+            return inputs, torch.randn_like(op.call(*inputs)[0])
     widths = (shape.K, shape.K, shape.V)
     inputs = [torch.randn(shape.B, shape.T, shape.H, w, device="cuda", dtype=dtype) for w in widths]
     output_gradient = torch.randn_like(inputs[2])
@@ -116,12 +174,13 @@ def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     are alike and apart)."""
     inputs, output_gradient = make_inputs(op, shape, dtype)
     results = run(op.call, inputs, output_gradient)
-    found = dict.fromkeys(["o", "dq", "dk", "dv", "dg"][: len(results)], 0.0)
+    names = ["q", "k", "v", "g"] if op.inputs is None else [*op.inputs(Shape(1, 1, 1, 1, 1), dtype)]
+    found = dict.fromkeys(["o", *(f"d{name}" for name in names)][: len(results)], 0.0)
     for head in {0, shape.H - 1}:
         part = slice(head, head + 1)
 
         def cut(x: Tensor, part: slice = part) -> Tensor:
-            return x.detach()[part] if x.ndim == 1 else x.detach()[:1, :, part]
+            return x.detach()[part] if x.ndim <= 2 else x.detach()[:1, :, part]
 
         alone = [cut(x).double().requires_grad_(x.requires_grad) for x in inputs]
         reference = run(
@@ -177,17 +236,15 @@ def first_call_seconds(name: str, shape: Shape) -> float:
     return float(result.stdout.split()[-1])
 
 
-def floor_ms(op: Op, shape: Shape, dtype: torch.dtype) -> float:
-    """Forward and backward: q, k, v, the decay and o once; then those, do, and the gradients
-    once."""
+def floor_ms(op: Op, shape: Shape, inputs: list[Tensor], output_gradient: Tensor) -> float:
+    """Forward and backward: the inputs and the output once; then those, the output's gradient, and
+    the inputs' gradients once."""
     bandwidth, rate = RATES.get(torch.cuda.get_device_name(), RATES["NVIDIA H200"])
-    itemsize = torch.finfo(dtype).bits // 8
-    tokens = shape.B * shape.T * shape.H
-    decay = {"simple_gla": 4, "gla": itemsize * shape.K}.get(_name(op), 0)
-    forward = (2 * shape.K + 2 * shape.V) * itemsize + decay
-    backward = (2 * shape.K + 2 * shape.V + 2 * shape.K + shape.V) * itemsize + 2 * decay
-    flops = 2 * tokens * 3 * (2 * shape.K * shape.V)
-    return 1e3 * max(tokens * (forward + backward) / bandwidth, flops / rate)
+    arguments, output = sum(x.nbytes for x in inputs), output_gradient.nbytes
+    gradients = sum(x.nbytes for x in inputs if x.requires_grad)
+    products = 4 * shape.K * shape.V if op.products is None else op.products(shape)
+    flops = 3 * shape.B * shape.T * shape.H * products
+    return 1e3 * max((2 * arguments + 2 * output + gradients) / bandwidth, flops / rate)
 
 
 def _name(op: Op) -> str:
@@ -257,7 +314,7 @@ def benchmark(names: list[str], shapes: tuple[Shape, ...], path: str, command: s
             inputs, output_gradient = make_inputs(op, shape, dtype)
             measured = measure(op.call, inputs, output_gradient)
             first = first_call_seconds(name, shape)
-            floor = floor_ms(op, shape, dtype)
+            floor = floor_ms(op, shape, inputs, output_gradient)
             rows.append(
                 {"op": name, "shape": vars(shape), "dtype": "bf16", **measured,
                 "first_call_seconds": first,

@@ -14,9 +14,13 @@ from fla_dist.kernels.hgrn.reference import hgrn_chunked
 from fla_dist.kernels.hgrn.steps import backward, forward
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, Scan
 
-CHECKED: set[tuple[torch.dtype, torch.dtype]] = set()
-"""The dtypes of x and g for which the kernels were checked on a GPU; the reference serves
-others."""
+CHECKED = {
+    (dtype, gate)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for gate in (dtype, torch.float32)
+}
+"""The dtypes of x and g for which the kernels were checked on a GPU, at rows of 16 and of 32
+tokens (docs/notebook.md); the reference serves others."""
 
 
 class SegmentedHGRN(torch.autograd.Function):

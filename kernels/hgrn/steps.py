@@ -8,19 +8,20 @@ import torch
 import triton
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import step
 from fla_dist.kernels.hgrn.triton_kernels import backward_kernel, forward_kernel
 from fla_dist.kernels.state import RESET
 
-ROWS, ROW, UNROLL, GROUP, BLOCK = 8, 16, 4, 16, 128
-"""Rows of a segment (a warp each), tokens of a row, tokens whose loads are in flight together,
-segments of a group, channels of a program. A segment is short, so that what the running programs
-read the first time is still in the cache the second time."""
+ROWS, ROW, GROUP, BLOCK = 4, 32, 16, 128
+"""Rows of a segment (a warp each), tokens of a row, segments of a group, channels of a program."""
+FORWARD_UNROLL, BACKWARD_UNROLL = 16, 8
+"""Tokens of a row whose loads are in flight together."""
 
 
-def _launch(x: Tensor) -> tuple[tuple[int, int, int], list[Tensor], dict[str, Any]]:
+def _launch(x: Tensor, unroll: int) -> tuple[tuple[int, int, int], list[Tensor], dict[str, Any]]:
     """The grid, the maps, carried states and arrivals, and the settings."""
     batch, length, channels = x.shape
-    block = min(BLOCK, max(16, triton.next_power_of_2(channels)))
+    block = min(BLOCK, triton.next_power_of_2(channels))
     blocks, count = triton.cdiv(channels, block), triton.cdiv(length, ROWS * ROW)
     groups = triton.cdiv(count, GROUP)
     joining = [
@@ -30,13 +31,13 @@ def _launch(x: Tensor) -> tuple[tuple[int, int, int], list[Tensor], dict[str, An
     ]
     even = length % (ROWS * ROW) == 0 and channels % block == 0
     settings = dict(
-        D=channels, RESET=RESET, R=ROWS, L=ROW, U=UNROLL, BD=block, GROUP=GROUP, EVEN=even,
+        D=channels, RESET=RESET, R=ROWS, L=ROW, U=unroll, BD=block, GROUP=GROUP, EVEN=even,
         num_warps=ROWS,
     )  # fmt: skip
     return (blocks, count, batch), joining, settings
 
 
-@torch.library.custom_op("fla_dist::hgrn_forward", mutates_args=())
+@step("fla_dist::hgrn_forward")
 def forward(
     x: Tensor, g: Tensor, starts: Tensor | None, initial: Tensor | None, write: bool
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def forward(
     batch, length, channels = x.shape
     h = x.new_empty(x.shape if write else (0,))
     final = x.new_empty(batch, channels, dtype=torch.float32)
-    grid, joining, settings = _launch(x)
+    grid, joining, settings = _launch(x, FORWARD_UNROLL)
     forward_kernel[grid](
         x, g, x if starts is None else starts, x if initial is None else initial, h, final,
         *joining, length, x.stride(0), g.stride(0),
@@ -60,7 +61,7 @@ def _(x, g, starts, initial, write):
     return x.new_empty(x.shape if write else (0,)), final
 
 
-@torch.library.custom_op("fla_dist::hgrn_backward", mutates_args=())
+@step("fla_dist::hgrn_backward")
 def backward(
     x: Tensor, g: Tensor, h: Tensor, dh: Tensor, starts: Tensor | None, initial: Tensor | None,
     final_gradient: Tensor | None, write: bool,
@@ -70,7 +71,7 @@ def backward(
     shape = x.shape if write else (0,)
     dx, dg = x.new_empty(shape), g.new_empty(shape)
     initial_gradient = x.new_empty(batch, channels, dtype=torch.float32)
-    grid, joining, settings = _launch(x)
+    grid, joining, settings = _launch(x, BACKWARD_UNROLL)
     backward_kernel[grid](
         x, g, h, dh, x if starts is None else starts, x if initial is None else initial,
         x if final_gradient is None else final_gradient, dx, dg, initial_gradient,

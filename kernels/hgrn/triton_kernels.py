@@ -1,12 +1,12 @@
-"""HGRN in Triton, forward and backward, each one launch that reads and writes everything once.
+"""HGRN in Triton, forward and backward, one launch each.
 
 Notation: B batch, T tokens, D channels; S segments of R rows of L tokens; x, g, h (the output) and
 their gradients are [B, T, D], states fp32 [B, D]. `b_*` are blocks in registers, `o_*` offsets.
 
-A program owns BD channels of a segment. It reads the segment once to learn the map from the state
-that enters it to the state that leaves it, (Σ g, state from zero); waits for the state that enters;
-and reads the segment again, now from the cache, to write its output. Rows are walked side by side,
-channels across lanes.
+A program owns BD channels of a segment: a row a warp, channels across lanes. It reads the segment
+once to learn the map from the state that enters it to the state that leaves it, (Σ g, state from
+zero); waits for the state that enters; and reads the segment again to write its output. Segments
+are short, so that what all running programs have read is still in the L2 then.
 
 How the entering state comes: GROUP segments in a row are a group. Each program publishes its
 segment's map. It composes the maps of the group's members before it, and applies them to the state
@@ -25,7 +25,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from fla_dist.kernels.common.segments import LOG2_E
+
+KEEP: tl.constexpr = tl.constexpr("evict_last")
+DROP: tl.constexpr = tl.constexpr("evict_first")
+"""The cache's policy for what is read again soon, and for what is not."""
 
 
 @triton.jit
@@ -61,10 +65,11 @@ def join_rows(b_log, b_state, R: tl.constexpr):
 
 @triton.jit
 def wait_for(word, bits):
-    """Returns when all of `bits` are set in `word`."""
+    """Returns `word` when all of `bits` are set in it."""
     seen = tl.atomic_or(word, 0, sem="acquire")
     while (seen & bits) != bits:
         seen = tl.atomic_or(word, 0, sem="acquire")
+    return seen
 
 
 @triton.jit
@@ -89,7 +94,7 @@ def entering_state(
     tl.debug_barrier()
     tl.atomic_or(word, 1 << member, sem="release")
 
-    wait_for(word, (1 << member) - 1)
+    seen = wait_for(word, (1 << member) - 1)
     b_before_log = tl.zeros(b_log.shape, dtype=tl.float32)
     b_before_state = tl.zeros(b_log.shape, dtype=tl.float32)
     for u in tl.static_range(GROUP - 1):
@@ -106,7 +111,8 @@ def entering_state(
         if HAS_INITIAL:
             b_carried += tl.load(initial + batch * D + o_d, mask=mask_d, other=0.0)
     else:
-        wait_for(word, 1 << GROUP)
+        if (seen & (1 << GROUP)) == 0:
+            wait_for(word, 1 << GROUP)
         b_carried += tl.load(carried + at_group * D + o_d, mask=mask_d, other=0.0)
     b_entering = tl.exp2(b_before_log) * b_carried + b_before_state
     b_leaving = tl.exp2(b_log) * b_entering + b_state
@@ -121,15 +127,21 @@ def entering_state(
 
 @triton.jit
 def load_tokens(
-    p, o_token, valid, mask_d,
-    stride: tl.constexpr, STEP: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr,
+    x, stride: tl.constexpr, o_token, valid, mask_d,
+    STEP: tl.constexpr, U: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """U tokens of each row, [R, BD] each, from o_token on; STEP is -1 for the walk in reverse."""
+    x += o_token * stride
     b = ()
     for u in tl.static_range(U):
-        mask = ((o_token + u * STEP < valid) & mask_d) | EVEN
-        b += (tl.load(p + u * STEP * stride, mask=mask, other=0.0),)
+        mask = ((o_token + u * STEP < valid) & mask_d[None, :]) | EVEN
+        b += (tl.load(x + u * STEP * stride, mask=mask, other=0.0, eviction_policy=POLICY),)
     return b
+
+
+@triton.jit
+def store(p, b, mask):
+    tl.store(p, b.to(p.dtype.element_ty), mask=mask, eviction_policy=DROP)
 
 
 @triton.jit
@@ -162,12 +174,8 @@ def forward_kernel(
     b_h, b_log = tl.zeros([R, BD], dtype=tl.float32), tl.zeros([R, BD], dtype=tl.float32)
     o_token = (o_r + R - 1) % R * L
     for _ in range(0, L, U):
-        b_x = load_tokens(
-            x + o_token * x_stride_t, o_token, valid, mask_d[None, :], x_stride_t, 1, U, EVEN
-        )
-        b_g = load_tokens(
-            g + o_token * g_stride_t, o_token, valid, mask_d[None, :], g_stride_t, 1, U, EVEN
-        )
+        b_x = load_tokens(x, x_stride_t, o_token, valid, mask_d, 1, U, EVEN, KEEP)
+        b_g = load_tokens(g, g_stride_t, o_token, valid, mask_d, 1, U, EVEN, KEEP)
         for u in tl.static_range(U):
             b_log_decay = b_g[u].to(tl.float32)
             b_decay = tl.exp2(b_log_decay * LOG2_E)
@@ -191,12 +199,8 @@ def forward_kernel(
         b_h = tl.exp2(b_log) * b_entering[None, :] + b_h
         o_token = o_r * L
         for _ in range(0, L, U):
-            b_x = load_tokens(
-                x + o_token * x_stride_t, o_token, valid, mask_d[None, :], x_stride_t, 1, U, EVEN
-            )
-            b_g = load_tokens(
-                g + o_token * g_stride_t, o_token, valid, mask_d[None, :], g_stride_t, 1, U, EVEN
-            )
+            b_x = load_tokens(x, x_stride_t, o_token, valid, mask_d, 1, U, EVEN, DROP)
+            b_g = load_tokens(g, g_stride_t, o_token, valid, mask_d, 1, U, EVEN, DROP)
             for u in tl.static_range(U):
                 b_log_decay = b_g[u].to(tl.float32)
                 b_decay = tl.exp2(b_log_decay * LOG2_E)
@@ -206,7 +210,7 @@ def forward_kernel(
                     b_decay = tl.where(b_starts, 0.0, b_decay)
                 b_h = b_decay * b_h + b_input
                 mask = ((o_token + u < valid) & mask_d[None, :]) | EVEN
-                tl.store(h + (o_token + u) * D, b_h.to(h.dtype.element_ty), mask=mask)
+                store(h + (o_token + u) * D, b_h, mask)
             o_token += U
 
 
@@ -237,12 +241,8 @@ def backward_kernel(
     b_e, b_log = tl.zeros([R, BD], dtype=tl.float32), tl.zeros([R, BD], dtype=tl.float32)
     o_token = R * L - 1 - (o_r + R - 1) % R * L
     for _ in range(0, L, U):
-        b_dh = load_tokens(
-            dh + o_token * dh_stride_t, o_token, valid, mask_d[None, :], dh_stride_t, -1, U, EVEN
-        )
-        b_g = load_tokens(
-            g + o_token * g_stride_t, o_token, valid, mask_d[None, :], g_stride_t, -1, U, EVEN
-        )
+        b_dh = load_tokens(dh, dh_stride_t, o_token, valid, mask_d, -1, U, EVEN, KEEP)
+        b_g = load_tokens(g, g_stride_t, o_token, valid, mask_d, -1, U, EVEN, KEEP)
         for u in tl.static_range(U):
             b_log_decay = b_g[u].to(tl.float32) * LOG2_E
             if PACKED:
@@ -269,16 +269,9 @@ def backward_kernel(
         b_e = tl.exp2(b_log) * b_entering[None, :] + b_e
         o_token = R * L - 1 - o_r * L
         for _ in range(0, L, U):
-            b_dh = load_tokens(
-                dh + o_token * dh_stride_t, o_token, valid, mask_d[None, :],
-                dh_stride_t, -1, U, EVEN,
-            )  # fmt: skip
-            b_g = load_tokens(
-                g + o_token * g_stride_t, o_token, valid, mask_d[None, :], g_stride_t, -1, U, EVEN
-            )
-            b_x = load_tokens(
-                x + o_token * x_stride_t, o_token, valid, mask_d[None, :], x_stride_t, -1, U, EVEN
-            )
+            b_dh = load_tokens(dh, dh_stride_t, o_token, valid, mask_d, -1, U, EVEN, DROP)
+            b_g = load_tokens(g, g_stride_t, o_token, valid, mask_d, -1, U, EVEN, DROP)
+            b_x = load_tokens(x, x_stride_t, o_token, valid, mask_d, -1, U, EVEN, DROP)
             b_h = ()
             for u in tl.static_range(U):
                 inside = (o_token - u < valid) & (first + o_token - u > 0) & mask_d[None, :]
@@ -297,8 +290,8 @@ def backward_kernel(
                 b_dx = input_weight(b_log_decay, b_decay) * b_s
                 b_dg = b_e * (b_before - b_x[u].to(tl.float32))
                 mask = ((o_token - u < valid) & mask_d[None, :]) | EVEN
-                tl.store(dx + (o_token - u) * D, b_dx.to(dx.dtype.element_ty), mask=mask)
-                tl.store(dg + (o_token - u) * D, b_dg.to(dg.dtype.element_ty), mask=mask)
+                store(dx + (o_token - u) * D, b_dx, mask)
+                store(dg + (o_token - u) * D, b_dg, mask)
                 if PACKED:
                     b_e = tl.where(b_starts, 0.0, b_e)
             o_token -= U

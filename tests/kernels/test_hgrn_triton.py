@@ -79,19 +79,20 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("length", "channels", "decay", "packed", "state", "ranks"),
     [
-        (1, 5, 0.5, False, True, False),
-        (15, 5, 30.0, True, True, False),
-        (33, 7, 0.5, True, False, True),
-        (33, 7, 0.5, False, True, True),
-        (70, 20, -30.0, True, True, False),
-        (16, 16, 0.0, False, True, False),
+        (1, 3, 0.5, False, True, False),
+        (15, 6, 30.0, True, True, False),
+        (27, 3, 0.5, True, True, True),
+        (52, 3, -30.0, True, False, False),
+        (16, 4, 0.0, False, True, False),
     ],
 )
 def test_kernels(
     length: int, channels: int, decay: float, packed: bool, state: bool, ranks: bool, monkeypatch
 ) -> None:
     """Segments of 8 tokens, groups of 3: up to three groups."""
-    for name, value in (("ROWS", 2), ("ROW", 4), ("UNROLL", 2), ("GROUP", 3), ("BLOCK", 16)):
+    settings = {"ROWS": 2, "ROW": 4, "GROUP": 3, "BLOCK": 4}
+    unrolls = {"FORWARD_UNROLL": 4, "BACKWARD_UNROLL": 2}
+    for name, value in (settings | unrolls).items():
         monkeypatch.setattr(steps, name, value)
     ids = doc_ids(length) if packed else None
     function = over_ranks if ranks else segmented_hgrn
