@@ -1,52 +1,15 @@
-"""Mamba-2's state space dual: the public function."""
+"""Mamba-2's state space dual: the public function, a setting of simple GLA."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import capability, rows_contiguous
-from fla_dist.kernels.common.segments import on_gpu
 from fla_dist.kernels.common.validation import check, check_rank
-from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, through_attention
-from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
-from fla_dist.kernels.simple_gla.settings import SHORTEST
+from fla_dist.kernels.mamba2.reference import of_heads
+from fla_dist.kernels.simple_gla import simple_gla
 from fla_dist.kernels.state import LOCAL, Scan
-
-CHECKED: set[tuple[torch.dtype, int, int]] = set()
-"""(dtype, N, P) at which simple GLA's kernels were checked on a GPU (compute capability 9.0) as
-this op calls them; the reference serves others."""
-
-
-def triton_state_space_dual(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None = None,
-    D: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    scan: Scan = LOCAL,
-) -> tuple[Tensor, Tensor]:
-    """By simple GLA's kernels, for arguments that are checked."""
-    doc_ids = None if doc_ids is None else doc_ids.contiguous()
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return SegmentedSimpleGLA.apply(
-            rows_contiguous(q), rows_contiguous(k), v, g, initial_state, doc_ids, 1.0, on_gpu(scan)
-        )
-
-    return through_attention(attention, x, dt, A, B, C, dt_bias, D)
-
-
-def _has_kernels(x: Tensor, B: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    if capability(x) != 90 or (x.dtype, B.shape[-1], x.shape[-1]) not in CHECKED:
-        return False
-    decays = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
-    return x.shape[1] >= SHORTEST or not decays
 
 
 def state_space_dual(
@@ -107,10 +70,11 @@ def state_space_dual(
     for name, y in (("B", B), ("C", C)):
         if y.dtype != x.dtype:
             raise ValueError(f"{op}: {name} is {y.dtype}, expected x's {x.dtype}")
-    kernels = _has_kernels(x, B, (dt, A, dt_bias))
-    function = triton_state_space_dual if kernels else state_space_dual_chunked
-    y, state = function(
-        x, dt, A, B, C, dt_bias=dt_bias, D=D,
-        initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
+    # The paper's section 4: C is attention's query, B its key, Δ x its value, Δ A its log decay.
+    y, state = simple_gla(
+        of_heads(C, heads), of_heads(B, heads), (dt[..., None] * x).to(x.dtype), dt * A,
+        scale=1.0, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
     )  # fmt: skip
-    return y.to(x.dtype), state
+    return y if D is None else (y + D[:, None] * x).to(x.dtype), state

@@ -1,4 +1,4 @@
-"""Mamba-2's state space dual in plain PyTorch (arXiv:2405.21060): the truth, and the CPU backend.
+"""Mamba-2's state space dual in plain PyTorch (arXiv:2405.21060): the truth.
 
 x: [B, T, H, P].  dt: [B, T, H].  A, dt_bias, D: [H].  B, C: [B, T, G, N], H / G heads share each.
 States: [B, H, N, P].
@@ -6,15 +6,11 @@ States: [B, H, N, P].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import document_starts
-from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
-from fla_dist.kernels.state import LOCAL, Scan
 
 
 def of_heads(x: Tensor, heads: int) -> Tensor:
@@ -53,51 +49,3 @@ def state_space_dual_recurrent(
         outputs.append(torch.einsum("bhn,bhnp->bhp", C[:, t], state))
     y = torch.stack(outputs, dim=1)
     return y if D is None else y + D[:, None] * x, state
-
-
-def through_attention(
-    attention: Callable[..., tuple[Tensor, Tensor]],
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    D: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """By `attention(q, k, v, g)`, simple GLA with scale 1: C is its query, B its key, Δ x its
-    value, Δ A its log decay (the paper's section 4)."""
-    heads = x.shape[2]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dt = dt.to(wide)
-    dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
-    y, state = attention(
-        of_heads(C, heads), of_heads(B, heads), (dt[..., None] * x).to(x.dtype), dt * A
-    )
-    return y if D is None else y + D[:, None] * x, state
-
-
-def state_space_dual_chunked(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    dt_bias: Tensor | None = None,
-    D: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    scan: Scan = LOCAL,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """By simple GLA's chunked form. In fp32, or fp64 if given."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return simple_gla_chunked(
-            q, k, v, g, scale=1.0, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
-            chunk_size=chunk_size,
-        )  # fmt: skip
-
-    return through_attention(attention, *(y.to(wide) for y in (x, dt, A, B, C)), dt_bias, D)

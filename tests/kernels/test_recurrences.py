@@ -28,7 +28,7 @@ from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
 from fla_dist.kernels.mamba2 import state_space_dual
-from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, state_space_dual_recurrent
+from fla_dist.kernels.mamba2.reference import state_space_dual_recurrent
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
@@ -167,7 +167,7 @@ FAMILIES = {
         mamba2_inputs,
         mamba2_form,
         state_space_dual_recurrent,
-        state_space_dual_chunked,
+        state_space_dual,
     ),
     "retention": (retention_inputs, gla_form, simple_gla_recurrent, simple_gla_chunked),
     "rwkv6": (rwkv6_inputs, mamba_form, rwkv6_recurrent, rwkv6),

@@ -25,7 +25,8 @@ from fla_dist.kernels.hgrn2 import hgrn2
 from fla_dist.kernels.hgrn2.reference import hgrn2_recurrent
 from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.mamba.reference import selective_scan_chunked, selective_scan_recurrent
-from fla_dist.kernels.mamba2.reference import state_space_dual_chunked, state_space_dual_recurrent
+from fla_dist.kernels.mamba2 import state_space_dual
+from fla_dist.kernels.mamba2.reference import state_space_dual_recurrent
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.rwkv6.reference import rwkv6_recurrent
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked, rwkv7_recurrent
@@ -173,8 +174,8 @@ DELTA_RULES = {
 def mamba2_case(
     local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str
 ) -> dict[str, Tensor]:
-    function = state_space_dual_recurrent if form == "truth" else state_space_dual_chunked
-    extra = {} if form == "truth" else {"scan": build_exchange(local).scan, "chunk_size": 5}
+    function = state_space_dual_recurrent if form == "truth" else state_space_dual
+    extra = {} if form == "truth" else {"scan": build_exchange(local).scan}
     output, state = function(
         x["v"], x["g1"][..., :2].square(), -x["A"][0, :2].square(), x["k"][:, :, :1],
         x["k2"][:, :, :1], D=x["A"][1, :2], initial_state=x["state"],
