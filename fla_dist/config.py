@@ -238,6 +238,9 @@ class LoggingConfig:
 class TorchAutocastConfig:
     enabled: bool = False
     dtype: Literal["bfloat16"] = "bfloat16"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the linear layers' gradients as ranks sum them at ZeRO 1-3; at ZeRO 3 also of their
+    weights as ranks gather them."""
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,15 @@ def deepspeed_settings(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's JSON. It counts batches in sequences, whatever ranks share one."""
     section = config.deepspeed
     zero = dataclasses.asdict(section.zero_optimization)
+    autocast = dataclasses.asdict(section.torch_autocast)
+    if autocast.pop("reduce_dtype") == "float32":
+        autocast["lower_precision_safe_modules"] = []  # whose gradients it would sum in `dtype`
     return {
         "train_batch_size": plan.sequences_per_step,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_clipping": section.gradient_clipping,
-        "torch_autocast": dataclasses.asdict(section.torch_autocast),
+        "torch_autocast": autocast,
         "zero_optimization": {key: value for key, value in zero.items() if value is not None},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,

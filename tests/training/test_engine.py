@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fla_dist.config import Config, ZeroConfig
+from fla_dist.config import Config, TorchAutocastConfig, ZeroConfig
 from fla_dist.models import LanguageModel
 from fla_dist.parallel.mesh import Mesh, build_mesh
 from fla_dist.training.distributed import RunError, sum_over_ranks
@@ -205,6 +206,41 @@ def test_the_probe_accepts_the_right_factor_and_only_that() -> None:
                 assert message is None, (size, zero, factor, message)
             else:
                 assert message is not None and "refusing to train" in message, (size, zero, factor)
+
+
+class _OneWeight(nn.Module):
+    """A loss whose gradient by the weight is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sum().float()
+
+
+def summed_gradients() -> dict[tuple[int, str], float]:
+    """The norm of a gradient of 256 on one rank and 1 on the other; bf16 has no 257."""
+    prepare_rank()
+    mesh = build_mesh(1)
+    norms = {}
+    for stage, dtype in product((1, 2, 3), ("float32", "bfloat16")):
+        config = tiny_run(tiny_config("gla"), sequence_length=LENGTH, zero=ZeroConfig(stage=stage))
+        autocast = TorchAutocastConfig(enabled=True, reduce_dtype=dtype)
+        config = replace(config, deepspeed=replace(config.deepspeed, torch_autocast=autocast))
+        engine = Engine(_OneWeight(), config, plan_batches(config, mesh.world_size), mesh, CPU)
+        engine.backward(engine.loss(torch.full((1, 1), (256.0, 1.0)[mesh.rank])), 1.0)
+        result = engine.step(0.01)
+        assert result is not None
+        norms[stage, dtype] = result.grad_norm
+        engine.deepspeed.destroy()
+    return norms
+
+
+def test_gradients_of_autocast_are_summed_in_the_dtype_that_is_set() -> None:
+    for norms in run_ranks(2, summed_gradients):
+        for (stage, dtype), norm in norms.items():
+            assert (norm == 257) == (dtype == "float32"), (stage, dtype, norm)
 
 
 def skipped_steps() -> dict[str, tuple[list[bool], bool]]:
