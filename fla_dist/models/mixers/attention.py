@@ -57,6 +57,7 @@ class Attention(Mixer):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_size)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+        v = v.contiguous()  # a view would keep all of qkv for the backward, beside the turned q, k
         cosine, sine = self._rotation(stream)
         q, k = turn(q, cosine, sine), turn(k, cosine, sine)
         if self.window_size is None:
