@@ -31,6 +31,9 @@ from fla_dist.kernels.gsa.reference import gsa_chunked
 from fla_dist.kernels.hgrn import hgrn
 from fla_dist.kernels.hgrn.reference import hgrn_chunked
 from fla_dist.kernels.hgrn2 import hgrn2
+from fla_dist.kernels.mamba import selective_scan
+from fla_dist.kernels.mamba.reference import selective_scan_chunked
+from fla_dist.kernels.mamba2 import state_space_dual
 from fla_dist.kernels.retention import linear_attention, retention, retention_decay
 from fla_dist.kernels.rwkv6 import rwkv6
 from fla_dist.kernels.simple_gla import simple_gla
@@ -66,7 +69,8 @@ class Op:
     """decay: makes the decay argument, or None where there is none.  peer: (module, name) in
     flash-linear-attention.  inputs: makes all arguments, by name, where they are not q, k, v and
     the decay.  products: FLOPs of the forward's matrix products a token and head, 4KV unless
-    given."""
+    given.  checked_at: where heads or channels share arguments, the shape at which the whole op's
+    errors are computed."""
 
     call: Callable[..., tuple[Tensor, Tensor]]
     reference: Callable[..., tuple[Tensor, Tensor]]
@@ -75,9 +79,11 @@ class Op:
     peer: tuple[str, str] | None
     inputs: Callable[[Shape, torch.dtype], dict[str, Tensor]] | None = None
     products: Callable[[Shape], float] | None = None
+    checked_at: Shape | None = None
 
 
 SLOTS = 64
+MAMBA2_HEAD = 64
 
 
 def _log_sigmoid(*shape: int) -> Tensor:
@@ -108,6 +114,38 @@ def _rwkv6_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
 def _gsa_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     q, k, v = (_normal(s, width, dtype) for width in (s.K, s.K, s.V))
     return {"q": q, "k": k, "v": v, "g": _log_sigmoid(s.B, s.T, s.H, SLOTS).to(dtype)}
+
+
+def _mamba_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """D = 2·H·K channels, 16 state numbers each."""
+    channels = 2 * s.H * s.K
+    x, dt, z = (torch.randn(s.B, s.T, channels, device="cuda", dtype=dtype) for _ in range(3))
+    B, C = (torch.randn(s.B, s.T, 16, device="cuda", dtype=dtype) for _ in range(2))
+    A = -torch.arange(1, 17, device="cuda").float().expand(channels, -1).contiguous()
+    bias, D = torch.full((channels,), -4.0, device="cuda"), torch.randn(channels, device="cuda")
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": bias, "D": D, "z": z}
+
+
+def _mamba(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *others: Tensor, **_: Any):
+        return function(x, dt, A, B, C, **dict(zip(("dt_bias", "D", "z"), others, strict=False)))
+
+    return call
+
+
+def _mamba2_heads(s: Shape) -> int:
+    return 2 * s.H * s.V // MAMBA2_HEAD
+
+
+def _mamba2_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """2·H·V channels in heads of MAMBA2_HEAD, N = K state numbers, one group."""
+    heads = _mamba2_heads(s)
+    x = torch.randn(s.B, s.T, heads, MAMBA2_HEAD, device="cuda", dtype=dtype)
+    dt = torch.randn(s.B, s.T, heads, device="cuda", dtype=dtype)
+    B, C = (torch.randn(s.B, s.T, 1, s.K, device="cuda", dtype=dtype) for _ in range(2))
+    A = -1 - 15 * torch.rand(heads, device="cuda")
+    bias, D = torch.full((heads,), -4.0, device="cuda"), torch.randn(heads, device="cuda")
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": bias, "D": D}
 
 
 OPS = {
@@ -142,6 +180,14 @@ OPS = {
     "gsa": Op(
         gsa, gsa_chunked, None, True, None, _gsa_inputs, lambda s: 4 * SLOTS * (s.K + s.V),
     ),
+    "mamba": Op(
+        _mamba(selective_scan), _mamba(selective_scan_chunked), None, True, None, _mamba_inputs,
+        lambda s: 0.0, Shape(1, 1024, 1, 64, 64),
+    ),
+    "mamba2": Op(
+        _mamba(state_space_dual), _mamba(state_space_dual), None, True, None, _mamba2_inputs,
+        lambda s: _mamba2_heads(s) / s.H * 4 * s.K * MAMBA2_HEAD, Shape(1, 1024, 2, 128, 128),
+    ),
 }  # fmt: skip
 
 
@@ -171,7 +217,8 @@ def run(call: Callable[..., Any], inputs: list[Tensor], output_gradient: Tensor)
 
 def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     """Of the output and every gradient, on the first and the last head of the first sequence (all
-    are alike and apart)."""
+    are alike and apart), or on everything at `checked_at`."""
+    shape = op.checked_at or shape
     inputs, output_gradient = make_inputs(op, shape, dtype)
     results = run(op.call, inputs, output_gradient)
     names = ["q", "k", "v", "g"] if op.inputs is None else [*op.inputs(Shape(1, 1, 1, 1, 1), dtype)]
@@ -180,6 +227,8 @@ def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
         part = slice(head, head + 1)
 
         def cut(x: Tensor, part: slice = part) -> Tensor:
+            if op.checked_at is not None:
+                return x.detach()
             return x.detach()[part] if x.ndim <= 2 else x.detach()[:1, :, part]
 
         alone = [cut(x).double().requires_grad_(x.requires_grad) for x in inputs]
