@@ -1,7 +1,7 @@
 """Benchmarks of the ops, and what their kernels take before they run.
 
 python launch/benchmark.py ops [--ops gla retention] [--shapes 2] [--output
-docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--all]
+docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--thorough]
 python launch/benchmark.py data [--output docs/benchmarks/data_<machine>.json]
 python launch/benchmark.py step --config configs/samba_32k.json [--section.key value ...]
 torchrun --nproc-per-node 8 launch/benchmark.py links
@@ -30,7 +30,9 @@ def main() -> int:
     check = commands.add_parser(
         "compile-check", help="compile every kernel ahead of time, without a GPU"
     )
-    check.add_argument("--all", action="store_true", help="more head sizes and dtypes (minutes)")
+    check.add_argument(
+        "--thorough", action="store_true", help="more head sizes, dtypes and decays (minutes)"
+    )
     data_pipeline.add_arguments(commands.add_parser("data", help="time the data pipeline"))
     step.add_arguments(
         commands.add_parser("step", help="time training steps of a config", allow_abbrev=False)
@@ -53,7 +55,7 @@ def main() -> int:
     if arguments.command == "compile-check":
         from fla_dist.benchmark.compile_cases import check_all
 
-        return 0 if check_all(thorough=arguments.all) else 1
+        return 0 if check_all(thorough=arguments.thorough) else 1
 
     import torch
 

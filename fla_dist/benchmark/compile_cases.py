@@ -1,14 +1,16 @@
-"""The launches that `compile-check` compiles: every family at every setting of its table, and at
-sizes that its rule serves."""
+"""The launches that `compile-check` compiles: every family at every setting of its table and at K =
+V = 128; thoroughly, also at other sizes and dtypes that its rule serves, packed, and with every
+kind of decay."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from fla_dist.benchmark.compile_check import compile_for, record
+from fla_dist.benchmark.compile_check import compile_all, record
 from fla_dist.kernels.gla import steps as gla
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn import steps as hgrn
@@ -29,11 +31,11 @@ def _inputs(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) ->
 
 
 def _simple_gla(
-    key_size: int, value_size: int, dtype: torch.dtype, packed: bool
+    key_size: int, value_size: int, dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
     def launches() -> None:
         q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
-        for g in (None, torch.empty(q.shape[2]), torch.empty(q.shape[:3])):
+        for g in (torch.empty(q.shape[2]), torch.empty(q.shape[:3]), *(None,) * thorough):
             state, _ = simple_gla.summarize.function(q, v, g, doc_ids, 1.0, False)
             simple_gla.summarize.function(q, v, g, doc_ids, 0.5, True)
             simple_gla.output.function(q, q, v, g, doc_ids, state, 0.5)
@@ -45,10 +47,12 @@ def _simple_gla(
     return launches
 
 
-def _gla(key_size: int, value_size: int, dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+def _gla(
+    key_size: int, value_size: int, dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
     def launches() -> None:
         q, v, doc_ids = _inputs(key_size, value_size, dtype, packed)
-        for g in (torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)):
+        for g in (torch.empty_like(q), *(torch.empty_like(q, dtype=torch.float32),) * thorough):
             prepared = gla.prepare.function(q, q, v, g, doc_ids, 0.5)
             q_in, k_out, decay, scores = prepared
             state, _ = gla.summarize.function(k_out, v, decay, False)
@@ -92,37 +96,44 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
     ):
         sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}
         if thorough:
-            sizes |= {(64, 128), (24, 40), (256, 256), (256, 512)}
-        dtypes = (torch.bfloat16, torch.float16, torch.float32) if thorough else (torch.bfloat16,)
+            sizes |= {(64, 128), (256, 256), (256, 512)}
         for key_size, value_size in sorted(sizes):
+            dtypes = [torch.bfloat16]
+            if thorough:
+                dtypes += [torch.float16] + [torch.float32] * (value_size <= 128)
             for dtype in dtypes:
                 for packed in (False, True) if thorough else (False,):
-                    label = (
-                        f"{name} K={key_size} V={value_size} {dtype} {'packed' if packed else ''}"
-                    )
-                    yield label, make(key_size, value_size, dtype, packed)
+                    shown = str(dtype).removeprefix("torch.") + " packed" * packed
+                    label = f"sm_{architecture} {name} K={key_size} V={value_size} {shown}"
+                    yield label, make(key_size, value_size, dtype, packed, thorough)
     gates = [(torch.bfloat16, torch.bfloat16, False), (torch.bfloat16, torch.float32, True)]
     if thorough:
         gates += [(torch.float16, torch.float32, True), (torch.float32, torch.float32, True)]
     for dtype, gate_dtype, packed in gates:
-        label = f"hgrn {dtype} gates {gate_dtype} {'packed' if packed else ''}"
-        yield label, _hgrn(dtype, gate_dtype, packed)
+        shown = f"{dtype} gates {gate_dtype}".replace("torch.", "") + " packed" * packed
+        yield f"sm_{architecture} hgrn {shown}", _hgrn(dtype, gate_dtype, packed)
     for dtype in (torch.bfloat16, torch.float32):
-        yield f"loss and SwiGLU {dtype}", _loss_and_mlp(dtype)
+        shown = str(dtype).removeprefix("torch.")
+        yield f"sm_{architecture} loss and SwiGLU {shown}", _loss_and_mlp(dtype)
 
 
 def check_all(*, thorough: bool) -> bool:
-    """Prints a row for every kernel; False where one would not launch."""
-    fine = True
+    """Prints a row for every kernel; False where one would not launch, or spills much."""
+    labels, kernels = [], []
     for architecture in _ARCHITECTURES:
         for label, launches in _cases(architecture, thorough):
-            print(f"sm_{architecture} {label}")
             for recorded in record(architecture, launches):
-                row = compile_for(recorded, architecture)
-                print(
-                    f"  {row.kernel:22} {row.registers:4} registers {row.local_bytes:5} B local"
-                    f" {row.shared_bytes:7} B shared {row.seconds:5.1f} s  {row.problem}",
-                    flush=True,
-                )  # fmt: skip
-                fine = fine and not row.problem
+                labels.append(label)
+                kernels.append((recorded, architecture))
+    fine, last = True, ""
+    for label, row in zip(labels, compile_all(kernels, len(os.sched_getaffinity(0))), strict=True):
+        if label != last:
+            print(label)
+        last = label
+        print(
+            f"  {row.kernel:22} {row.registers:4} registers {row.local_bytes:5} B local"
+            f" {row.shared_bytes:7} B shared {row.seconds:5.1f} s  {row.problem}",
+            flush=True,
+        )  # fmt: skip
+        fine = fine and not row.problem
     return fine

@@ -6,6 +6,7 @@ what is compiled is what they launch.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -27,6 +28,8 @@ from triton.runtime.jit import JITFunction
 from fla_dist.kernels.common import launch
 
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SPILLED_BYTES = 512
+"""A thread may spill so much where that was measured to be faster; more is a mistake."""
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -124,6 +127,21 @@ def record(architecture: int, launches: Callable[[], Any]) -> list[Recorded]:
     return list({recorded.key(): recorded for recorded in records}.values())
 
 
+_to_compile: list[tuple[Recorded, int]] = []
+
+
+def _compile_at(index: int) -> Compiled:
+    return compile_for(*_to_compile[index])
+
+
+def compile_all(kernels: list[tuple[Recorded, int]], processes: int) -> Iterator[Compiled]:
+    """Compiles (kernel, architecture) pairs in processes side by side, which inherit them by a
+    fork; in order."""
+    _to_compile[:] = kernels
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap(_compile_at, range(len(kernels)))
+
+
 def compile_for(recorded: Recorded, architecture: int) -> Compiled:
     """Compiles and reads registers, local memory (spills) and shared memory."""
     kernel = recorded.kernel
@@ -156,7 +174,7 @@ def compile_for(recorded: Recorded, architecture: int) -> Compiled:
         problem = f"{shared} bytes of shared memory, {SHARED_MEMORY_BYTES[architecture]} are there"
     elif unwritten:
         problem = f"reads a uniform register that nothing wrote: {unwritten[0]}"
-    elif local > 0:
+    elif local > SPILLED_BYTES:
         problem = f"{local} bytes of registers spilled to local memory"
     shown = " ".join(
         f"{name}={value}" for name, value in recorded.constants.items() if name.isupper()

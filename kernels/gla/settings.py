@@ -43,9 +43,9 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         return Settings(16, launch, launch, launch, launch, launch)
     pairs, summarize = Launch(32, 1, 1), Launch(64, 4, 4)
     if wide <= 128:
-        walk = Launch(64, 4, 3, 168)
+        walk = Launch(64, 4, 3, 168 if capability == 90 else None)
     elif wide <= 256:
-        walk = Launch(64, 8, 3, 168)
+        walk = Launch(64, 8, 3)
     else:
-        walk = Launch(32, 8, 3, 168)
+        walk = Launch(32, 8, 3)
     return Settings(16, pairs, summarize, walk, walk, pairs)

@@ -48,6 +48,8 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
         chunk, launch = 32 if wide <= 64 else 16, Launch(32 if wide <= 256 else 16, 4, 1)
+    elif wide <= 128 and capability < 90:
+        chunk, launch = 32, Launch(32, 4, 2)
     elif wide <= 128:
         chunk, launch = 64, Launch(64, 4, 2)
     elif wide <= 256:
