@@ -23,7 +23,7 @@ def test_lower_bounds_of_forget_gates_rise_with_depth(name: str) -> None:
 
 
 def test_rwkv6_layers_differ_as_their_paper_says() -> None:
-    model = LanguageModel(tiny_config("rwkv6", num_hidden_layers=3))
+    model = LanguageModel(tiny_config("rwkv6", layer_pattern=("rwkv6",), num_hidden_layers=3))
     model.initialize(seed=0)
     first, second, third = (block.mixer for block in model.blocks)
     for mixer in (first, second, third):

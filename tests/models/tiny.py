@@ -44,8 +44,7 @@ PATTERNS = {
     "rwkv7": ("rwkv7",),
     "mamba2": ("mamba2",),
     "hgrn": ("hgrn", "hgrn2"),
-    "rwkv6": ("rwkv6",),
-    "gsa": ("gsa",),
+    "rwkv6": ("rwkv6", "gsa"),
     "all": tuple(MIXERS),
 }
 
