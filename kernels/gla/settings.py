@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,7 @@ class Settings:
 TUNED: dict[tuple[int, int, int], Settings] = {}
 
 
+@lru_cache
 def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
     """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
     if itemsize == 2 and (capability, key_size, value_size) in TUNED:
