@@ -15,6 +15,9 @@ from fla_dist.kernels.gla import steps as gla
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn import steps as hgrn
 from fla_dist.kernels.linear_cross_entropy.triton_kernels import token_losses
+from fla_dist.kernels.mamba import triton_backward as mamba_backward
+from fla_dist.kernels.mamba import triton_forward as mamba
+from fla_dist.kernels.short_convolution import triton_kernels as short_convolution
 from fla_dist.kernels.simple_gla import steps as simple_gla
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
 from fla_dist.kernels.swiglu.triton_kernels import swiglu, swiglu_backward
@@ -89,6 +92,33 @@ def _hgrn(dtype: torch.dtype, gate_dtype: torch.dtype, packed: bool) -> Callable
     return launches
 
 
+def _mamba(state_size: int, dtype: torch.dtype, gate: bool, packed: bool) -> Callable[[], None]:
+    def launches() -> None:
+        x = torch.empty(1, 2048, 4096, dtype=dtype)
+        rate, skip = torch.empty(4096, state_size), torch.empty(4096)
+        B = torch.empty(1, 2048, state_size)
+        bias, z = (skip, x) if gate else (None, None)
+        doc_ids = torch.zeros(1, 2048, dtype=torch.int32) if packed else None
+        state, _ = mamba.summarize._init_fn(x, x, rate, B, bias, doc_ids)
+        arguments = (x, x, rate, B, B, bias, skip, z)
+        _, checkpoints = mamba.output._init_fn(*arguments, doc_ids, state, True)
+        mamba_backward.summarize_gradient._init_fn(x, rate, B, x, bias, z, doc_ids)
+        mamba_backward.backward._init_fn(*arguments, x, doc_ids, checkpoints, state)
+
+    return launches
+
+
+def _short_convolution(width: int, dtype: torch.dtype) -> Callable[[], None]:
+    def launches() -> None:
+        x, left = torch.empty(1, 2048, 4096, dtype=dtype), torch.empty(1, width - 1, 4096)
+        weight, positions = torch.empty(4096, width), torch.zeros(1, 2048, dtype=torch.int32)
+        arguments = (x, weight, weight[:, 0], left.to(dtype), positions)
+        short_convolution.convolution._init_fn(*arguments, True)
+        short_convolution.convolution_backward._init_fn(*arguments, x, True)
+
+    return launches
+
+
 def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
@@ -112,6 +142,17 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
     for dtype, gate_dtype, packed in gates:
         shown = f"{dtype} gates {gate_dtype}".replace("torch.", "") + " packed" * packed
         yield f"sm_{architecture} hgrn {shown}", _hgrn(dtype, gate_dtype, packed)
+    mambas = [(16, torch.bfloat16, True, False)]
+    if thorough:
+        mambas += [(16, torch.bfloat16, False, True), (16, torch.float32, True, True)]
+        mambas += [(64, torch.bfloat16, True, False)]
+    for state_size, dtype, gate, packed in mambas:
+        shown = str(dtype).removeprefix("torch.") + " gate" * gate + " packed" * packed
+        label = f"sm_{architecture} mamba N={state_size} {shown}"
+        yield label, _mamba(state_size, dtype, gate, packed)
+    for width in (2, 3, 4) if thorough else (4,):
+        label = f"sm_{architecture} short convolution W={width} bfloat16"
+        yield label, _short_convolution(width, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         shown = str(dtype).removeprefix("torch.")
         yield f"sm_{architecture} loss and SwiGLU {shown}", _loss_and_mlp(dtype)
