@@ -41,7 +41,10 @@ def main() -> int:
         from fla_dist.parallel.cost import Links, read_links
         from fla_dist.training.dry_run import describe_run
 
-        links = read_links(arguments.links) if arguments.links else Links()
+        try:
+            links = read_links(arguments.links) if arguments.links else Links()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         hosts = arguments.ranks_per_host
         print(describe_run(config, arguments.world_size, ranks_per_host=hosts, links=links))
     if arguments.print_config or arguments.dry_run:

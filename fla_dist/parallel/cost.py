@@ -47,7 +47,7 @@ def read_links(path: str | Path) -> Links:
     """What `launch/benchmark.py links` measured; the default for a kind that it could not.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or is not one of its results.
+        ValueError: the file cannot be read, or is not one of its results.
     """
     try:
         fits = json.loads(Path(path).read_text())["links"]
