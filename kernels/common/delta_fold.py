@@ -17,37 +17,61 @@ LARGEST_KEY = 128
 
 
 @triton.jit
+def load_quadrant(transition, row, column, K, HALF: tl.constexpr, REVERSE: tl.constexpr):
+    """[HALF, HALF] of the matrix, or of its transpose."""
+    o_row, o_column = row + tl.arange(0, HALF), column + tl.arange(0, HALF)
+    mask = (o_row < K)[:, None] & (o_column < K)[None, :]
+    if REVERSE:
+        p_square = transition + o_row[:, None] + o_column[None, :] * K
+    else:
+        p_square = transition + o_row[:, None] * K + o_column[None, :]
+    return tl.load(p_square, mask=mask, other=0.0)
+
+
+@triton.jit
 def dense_fold_kernel(
     transition, state, initial, entries, final,
     S, H, K, V,
-    BK: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+    HALF: tl.constexpr, BV: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Entering states of S stretches, one after the other.
 
-    Grid: (blocks of V, B·H). One program owns [BK >= K, BV] of the state and walks all stretches.
-    Reads a transition once a block, and each stretch's state once. Products in three parts of
-    TF32, nearly fp32.
+    Grid: (blocks of V, B·H). One program owns [2 HALF >= K, BV] of the state, as two halves, and
+    walks all stretches. Reads a transition once a block, and each stretch's state once. Products in
+    three parts of TF32, nearly fp32.
     """
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
-    o_k, o_v = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
-    mask = (o_k < K)[:, None] & (o_v < V)[None, :]
-    mask_square = (o_k < K)[:, None] & (o_k < K)[None, :]
-    o_state = o_k[:, None] * V + o_v[None, :]
-    if REVERSE:
-        o_square = o_k[:, None] + o_k[None, :] * K
-    else:
-        o_square = o_k[:, None] * K + o_k[None, :]
-    b_state = tl.zeros([BK, BV], dtype=tl.float32)
-    whole = tl.program_id(1).to(tl.int64) * K * V + o_state
+    o_first, o_v = tl.arange(0, HALF), tl.program_id(0) * BV + tl.arange(0, BV)
+    o_second = HALF + o_first
+    mask_first = (o_first < K)[:, None] & (o_v < V)[None, :]
+    mask_second = (o_second < K)[:, None] & (o_v < V)[None, :]
+    o_first, o_second = (
+        o_first[:, None] * V + o_v[None, :],
+        o_second[:, None] * V + o_v[None, :],
+    )
+    b_first = tl.zeros([HALF, BV], dtype=tl.float32)
+    b_second = tl.zeros([HALF, BV], dtype=tl.float32)
+    whole = tl.program_id(1).to(tl.int64) * K * V
     if HAS_INITIAL:
-        b_state += tl.load(initial + whole, mask=mask, other=0.0)
+        b_first += tl.load(initial + whole + o_first, mask=mask_first, other=0.0)
+        b_second += tl.load(initial + whole + o_second, mask=mask_second, other=0.0)
     for i in range(S):
         stretch = (batch.to(tl.int64) * S + (S - 1 - i if REVERSE else i)) * H + head
-        b_square = tl.load(transition + stretch * K * K + o_square, mask=mask_square, other=0.0)
-        b_added = tl.load(state + stretch * K * V + o_state, mask=mask, other=0.0)
-        tl.store(entries + stretch * K * V + o_state, b_state, mask=mask)
-        b_state = tl.dot(b_square, b_state, b_added, input_precision="tf32x3")
-    tl.store(final + whole, b_state, mask=mask)
+        square, added = transition + stretch * K * K, state + stretch * K * V
+        entry = entries + stretch * K * V
+        tl.store(entry + o_first, b_first, mask=mask_first)
+        tl.store(entry + o_second, b_second, mask=mask_second)
+        b_next = tl.load(added + o_first, mask=mask_first, other=0.0)
+        b_last = tl.load(added + o_second, mask=mask_second, other=0.0)
+        for half in tl.range(0, 2, num_stages=1):
+            b_half = tl.where(half == 0, b_first, b_second)
+            b_square = load_quadrant(square, 0, half * HALF, K, HALF, REVERSE)
+            b_next = tl.dot(b_square, b_half, b_next, input_precision="tf32x3")
+            b_square = load_quadrant(square, HALF, half * HALF, K, HALF, REVERSE)
+            b_last = tl.dot(b_square, b_half, b_last, input_precision="tf32x3")
+        b_first, b_second = b_next, b_last
+    tl.store(final + whole + o_first, b_first, mask=mask_first)
+    tl.store(final + whole + o_second, b_second, mask=mask_second)
 
 
 @step("fla_dist::dense_fold")
@@ -64,8 +88,8 @@ def dense_fold(
     block = 16
     dense_fold_kernel[(triton.cdiv(value_size, block), batch * heads)](
         transition, state, initial, entries, final, count, heads, key_size, value_size,
-        BK=max(16, triton.next_power_of_2(key_size)), BV=block, HAS_INITIAL=initial is not None,
-        REVERSE=reverse, num_warps=4, num_stages=1,
+        HALF=max(16, triton.next_power_of_2(key_size) // 2), BV=block,
+        HAS_INITIAL=initial is not None, REVERSE=reverse, num_warps=4, num_stages=1,
     )  # fmt: skip
     return entries, final
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.delta_rule.reference import delta_rule_chunked
+from fla_dist.kernels.gated_delta_rule.op import has_kernels, segmented_gated_delta_rule
 from fla_dist.kernels.state import LOCAL, Scan
 
 
@@ -45,6 +46,11 @@ def delta_rule(
     check_attention("delta_rule", q, k, v, initial_state, doc_ids)
     check("delta_rule", "beta", beta, tuple(q.shape[:3]), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if has_kernels(q, v):
+        return segmented_gated_delta_rule(
+            q, k, v, None, beta,
+            scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+        )  # fmt: skip
     o, final_state = delta_rule_chunked(
         q, k, v, beta,
         scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

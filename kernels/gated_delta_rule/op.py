@@ -2,11 +2,122 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.delta_fold import on_gpu
+from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
-from fla_dist.kernels.state import LOCAL, Scan
+from fla_dist.kernels.gated_delta_rule.settings import CHECKED
+from fla_dist.kernels.gated_delta_rule.steps import (
+    key_gradient,
+    output,
+    prepare,
+    segments,
+    summarize,
+    summarize_gradient,
+    value_gradient,
+)
+from fla_dist.kernels.state import LOCAL, Dense, Scan
+
+
+class SegmentedGatedDeltaRule(torch.autograd.Function):
+    """Solve the chunks, summarize the segments, join them, walk them; the backward mirrors it. One
+    segment that no other process continues is walked without a summary."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, g, beta, initial_state, doc_ids, scale, scan):
+        inverse, scores, weights, through = prepare(q, k, v, g, beta, doc_ids, scale)
+        pending = None
+        if scan is LOCAL and segments(q, v) == 1:
+            entering = _one_segment(initial_state, q, v)
+        else:
+            state, transition = summarize(k, v, weights, through, inverse)
+            pending = on_gpu(scan).start(Dense(transition), state, initial_state)
+            entering, _ = pending.wait()
+        o, written, final = output(
+            q, k, v, weights, through, inverse, scores, entering, scale
+        )  # fmt: skip
+        ctx.save_for_backward(
+            q, k, doc_ids, inverse, scores, weights, through, written, entering, final
+        )
+        ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
+        ctx.gate_dtypes = None if g is None else g.dtype, beta.dtype
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do, final_gradient):
+        q, k, doc_ids, inverse, scores, weights, through, written, entering, final = (
+            ctx.saved_tensors
+        )
+        do = torch.zeros_like(written) if do is None else rows_contiguous(do)
+        from_scan = None
+        if ctx.pending is None:
+            leaving_gradient = _one_segment(final_gradient, q, written)
+        else:
+            gradient = summarize_gradient(
+                q, k, do, weights, through, inverse, scores, ctx.scale
+            )  # fmt: skip
+            leaving_gradient, from_scan = (
+                on_gpu(ctx.scan)
+                .start(ctx.pending.transition, gradient, final_gradient, reverse_of=ctx.pending)
+                .wait()
+            )
+        dv, dbeta, initial_gradient = value_gradient(
+            q, k, do, weights, through, inverse, scores, written, leaving_gradient, ctx.scale
+        )
+        gate_dtype, beta_dtype = ctx.gate_dtypes
+        dq, dk, dg = key_gradient(
+            q, k, do, dv, written, weights, through, doc_ids, entering, final, leaving_gradient,
+            ctx.scale, gate_dtype is not None,
+        )  # fmt: skip
+        group = written.shape[2] // q.shape[2]
+        if group > 1:
+            dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
+        if from_scan is not None:
+            initial_gradient = from_scan
+        return (
+            dq, dk, dv, None if gate_dtype is None else dg.to(gate_dtype), dbeta.to(beta_dtype),
+            initial_gradient if ctx.has_initial else None, None, None, None,
+        )  # fmt: skip
+
+
+def _one_segment(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
+    """The state [B, H, K, V], or zeros, as that of the only segment."""
+    if state is not None:
+        return state.float().contiguous()[:, None]
+    batch, _, heads, value_size = v.shape
+    return v.new_zeros(batch, 1, heads, q.shape[-1], value_size, dtype=torch.float32)
+
+
+def has_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels serve these arguments; the reference serves the others."""
+    return capability(q) == 90 and (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED
+
+
+def segmented_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule, or without g the delta rule, by the Triton kernels; its arguments are
+    checked."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    return SegmentedGatedDeltaRule.apply(q, k, v, g, beta, initial_state, doc_ids, scale, scan)
 
 
 def gated_delta_rule(
@@ -52,11 +163,18 @@ def gated_delta_rule(
         raise ValueError(
             f"gated_delta_rule: v has {v.shape[2]} heads, expected a multiple of q's {q.shape[2]}"
         )
-    q, k = (x.repeat_interleave(v.shape[2] // q.shape[2], dim=2) for x in (q, k))
-    check_attention("gated_delta_rule", q, k, v, initial_state, doc_ids)
+    group = v.shape[2] // q.shape[2]
+    shared = (x[:, :, :1].expand(-1, -1, v.shape[2], -1) for x in (q, k))
+    check_attention("gated_delta_rule", *shared, v, initial_state, doc_ids)
     check("gated_delta_rule", "g", g, tuple(v.shape[:3]), q)
     check("gated_delta_rule", "beta", beta, tuple(v.shape[:3]), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if has_kernels(q, v):
+        return segmented_gated_delta_rule(
+            q, k, v, g, beta,
+            scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+        )  # fmt: skip
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     o, final_state = gated_delta_rule_chunked(
         q, k, v, g, beta,
         scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

@@ -32,7 +32,10 @@ class Settings:
     programs: int = 128
 
 
-TUNED: dict[tuple[int, int, int], Settings] = {}
+_WALK, _WIDE_WALK = Launch(64, 4, 2), Launch(128, 8, 2)
+TUNED: dict[tuple[int, int, int], Settings] = {
+    (90, 128, 128): Settings(64, Launch(128, 4, 1), _WALK, _WALK, _WALK, _WIDE_WALK, _WIDE_WALK),
+}
 
 
 def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
@@ -40,10 +43,11 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     if itemsize == 2 and (capability, key_size, value_size) in TUNED:
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    pairs = Launch(64 if itemsize == 4 else 128, 4, 1)
     if itemsize == 4:
         chunk, launch = 32 if wide <= 64 else 16, Launch(32, 4, 1)
     elif wide <= 128:
         chunk, launch = 64, Launch(64, 4, 1)
     else:
         chunk, launch = 64, Launch(64, 8, 1)
-    return Settings(chunk, Launch(64 if itemsize == 4 else 128, 4, 1), launch, launch, launch, launch, launch)
+    return Settings(chunk, pairs, launch, launch, launch, launch, launch)

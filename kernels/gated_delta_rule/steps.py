@@ -88,7 +88,7 @@ def _(q, k, v, g, beta, doc_ids, scale):
 def _value_walk(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
     scores: Tensor | None, entering: Tensor | None, leaving: Tensor, transition: Tensor | None,
-    o: Tensor | None, residual: Tensor | None, scale: float, launch: Launch,
+    o: Tensor | None, written: Tensor | None, scale: float, launch: Launch,
 ) -> None:  # fmt: skip
     batch, _, heads, value_size = v.shape
     key_size, itemsize = q.shape[-1], q.element_size()
@@ -97,11 +97,11 @@ def _value_walk(
     if transition is not None:
         blocks += triton.cdiv(key_size, block)
     value_walk_kernel[(blocks, segments(q, v), batch * heads)](
-        q, k, v, weights, through, inverse, scores, entering, leaving, transition, o, residual,
+        q, k, v, weights, through, inverse, scores, entering, leaving, transition, o, written,
         *_sizes(q, v), _segment(q, v), scale, *strides(q), *strides(k), *strides(v),
         C=inverse.shape[-1], K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
-        DECAY=through.shape[-1] > 0, SUMMARIZE=transition is not None, PRECISION=precision(q),
-        **_options(launch),
+        DECAY=through.shape[-1] > 0, SUMMARIZE=transition is not None, STAGES=launch.stages,
+        PRECISION=precision(q), **_options(launch),
     )  # fmt: skip
 
 
@@ -130,16 +130,18 @@ def output(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
     scores: Tensor, entering: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """o and the residual [B, T, H, V], and the state after the last token, from the states that
+    """o and `written` [B, T, H, V], and the state after the last token, from the states that
     enter the segments."""
-    o, residual, final = v.new_empty(v.shape), v.new_empty(v.shape), entering.new_empty(
-        entering[:, 0].shape
+    o, written, final = (
+        v.new_empty(v.shape),
+        v.new_empty(v.shape),
+        entering.new_empty(entering[:, 0].shape),
     )
     _value_walk(
-        q, k, v, weights, through, inverse, scores, entering, final, None, o, residual, scale,
+        q, k, v, weights, through, inverse, scores, entering, final, None, o, written, scale,
         _settings(q, v).output,
     )  # fmt: skip
-    return o, residual, final
+    return o, written, final
 
 
 @output.register_fake
@@ -149,18 +151,18 @@ def _(q, k, v, weights, through, inverse, scores, entering, scale):
 
 def _value_gradient(
     q: Tensor, k: Tensor, do: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
-    scores: Tensor, residual: Tensor | None, leaving: Tensor | None, entering: Tensor,
+    scores: Tensor, written: Tensor | None, leaving: Tensor | None, entering: Tensor,
     dv: Tensor | None, beta_sums: Tensor | None, scale: float, launch: Launch,
 ) -> None:  # fmt: skip
     batch, _, heads, value_size = do.shape
     key_size, itemsize = q.shape[-1], q.element_size()
     block = min(padded(value_size, itemsize), launch.block)
     value_gradient_kernel[(triton.cdiv(value_size, block), segments(q, do), batch * heads)](
-        q, k, do, weights, through, inverse, scores, residual, leaving, entering, dv, beta_sums,
+        q, k, do, weights, through, inverse, scores, written, leaving, entering, dv, beta_sums,
         *_sizes(q, do), _segment(q, do), scale, *strides(q), *strides(k), *strides(do),
         C=inverse.shape[-1], K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
-        DECAY=through.shape[-1] > 0, SUMMARIZE=dv is None, PRECISION=precision(q),
-        **_options(launch),
+        DECAY=through.shape[-1] > 0, SUMMARIZE=dv is None, STAGES=launch.stages,
+        PRECISION=precision(q), **_options(launch),
     )  # fmt: skip
 
 
@@ -188,33 +190,33 @@ def _(q, k, do, weights, through, inverse, scores, scale):
 @step("fla_dist::gated_delta_rule_value_gradient")
 def value_gradient(
     q: Tensor, k: Tensor, do: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
-    scores: Tensor, residual: Tensor, leaving_gradient: Tensor, scale: float,
+    scores: Tensor, written: Tensor, leaving_gradient: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dv, dβ [B, T, H] fp32, and the gradient of the state that enters the first segment, from the
     gradients of those that leave the segments."""
     batch, length, heads, value_size = do.shape
     launch = _settings(q, do).value_gradient
     blocks = triton.cdiv(value_size, min(padded(value_size, q.element_size()), launch.block))
-    dv, beta_sums = torch.empty_like(residual), _floats(q, blocks, batch, heads, length)
+    dv, beta_sums = torch.empty_like(written), _floats(q, blocks, batch, heads, length)
     initial_gradient = leaving_gradient.new_empty(leaving_gradient[:, 0].shape)
     _value_gradient(
-        q, k, do, weights, through, inverse, scores, residual, leaving_gradient, initial_gradient,
+        q, k, do, weights, through, inverse, scores, written, leaving_gradient, initial_gradient,
         dv, beta_sums, scale, launch,
     )  # fmt: skip
     return dv, beta_sums.sum(0).transpose(1, 2), initial_gradient
 
 
 @value_gradient.register_fake
-def _(q, k, do, weights, through, inverse, scores, residual, leaving_gradient, scale):
+def _(q, k, do, weights, through, inverse, scores, written, leaving_gradient, scale):
     batch, length, heads, _ = do.shape
     dbeta = _floats(q, batch, heads, length).transpose(1, 2)
     initial_gradient = leaving_gradient.new_empty(leaving_gradient[:, 0].shape)
-    return torch.empty_like(residual), dbeta, initial_gradient
+    return torch.empty_like(written), dbeta, initial_gradient
 
 
 @step("fla_dist::gated_delta_rule_key_gradient")
 def key_gradient(
-    q: Tensor, k: Tensor, do: Tensor, dv: Tensor, residual: Tensor, weights: Tensor,
+    q: Tensor, k: Tensor, do: Tensor, dv: Tensor, written: Tensor, weights: Tensor,
     through: Tensor, doc_ids: Tensor | None, entering: Tensor, final: Tensor,
     leaving_gradient: Tensor, scale: float, with_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -230,7 +232,7 @@ def key_gradient(
     query_pairs, key_pairs = (q.new_empty(batch, heads, length, chosen.chunk) for _ in range(2))
     pair_sums = _floats(q, batch, heads, length if with_gates else 0)
     pair_gradient_kernel[(count, 1, rows)](
-        q, k, do, dv, residual, weights, doc_ids, query_pairs, key_pairs, pair_sums,
+        q, k, do, dv, written, weights, doc_ids, query_pairs, key_pairs, pair_sums,
         *_sizes(q, do), scale, *where,
         BK=min(padded(key_size, itemsize), chosen.pairs.block),
         BV=min(padded(value_size, itemsize), chosen.pairs.block),
@@ -248,14 +250,14 @@ def key_gradient(
     sizes = (*_sizes(q, do), _segment(q, do), scale)
     options = {
         "BK": block, "BV": padded(value_size, itemsize), "DECAY": decay, "SUMS": with_gates,
-        **common, **_options(launch),
+        "STAGES": launch.stages, **common, **_options(launch),
     }  # fmt: skip
     query_gradient_kernel[grid](
-        q, k, do, dv, residual, weights, through, query_pairs, entering, dq, dk, state_sums,
+        q, k, do, dv, written, weights, through, query_pairs, entering, dq, dk, state_sums,
         *sizes, *where, **options,
     )  # fmt: skip
     key_gradient_kernel[grid](
-        q, k, do, dv, residual, weights, through, query_pairs, key_pairs, entering, final,
+        q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering, final,
         leaving_gradient, state_sums, dk, after_sums, across_sums,
         *sizes, *where, EXACT=precision(q) == "ieee", **options,
     )  # fmt: skip
@@ -271,7 +273,7 @@ def key_gradient(
 
 @key_gradient.register_fake
 def _(
-    q, k, do, dv, residual, weights, through, doc_ids, entering, final, leaving_gradient, scale,
+    q, k, do, dv, written, weights, through, doc_ids, entering, final, leaving_gradient, scale,
     with_gates,
 ):  # fmt: skip
     batch, length, heads, _ = do.shape

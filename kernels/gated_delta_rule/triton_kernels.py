@@ -17,15 +17,18 @@ One matrix serves both, the strictly lower triangular Y = -(1 + N β)⁻¹ N:
 
     r = R + Y (β R),    e = E + Yᵀ (β E).
 
-Nothing is divided by β, and what is not multiplied stays in fp32. Given r and dv, the gradients of
-q and k are those of linear attention over the pairs (q, k) and (k, k),
+What is not multiplied stays in fp32. Given d = β r, what a token writes, and dv, the gradients of q
+and k are those of linear attention over the pairs (q, k) and (k, k),
 
-    P_ts = scale D_ts β_s do_t·r_s,    X_ts = -D_ts β_s dv_t·r_s for s < t
+    P_ts = scale D_ts do_t·d_s,    X_ts = -D_ts dv_t·d_s for s < t
     dq = scale exp(G) do Sᵀ + P K
-    dk = Pᵀ Q + (X + Xᵀ) K + exp(G_C - G) β r dS'ᵀ - exp(G) dv Sᵀ
+    dk = Pᵀ Q + (X + Xᵀ) K + exp(G_C - G) d dS'ᵀ - exp(G) dv Sᵀ
+
+The forward keeps d, so that the backward's states are the forward's to the bit; where β is 0, it
+keeps r in its place (`written`), which dβ needs.
 
 Notation: B batch, T tokens, H value heads, K and V head sizes, C tokens a chunk, N chunks, S
-segments; key head h // group serves value head h. q, k, v, o, r and gradients [B, T, H, ·], their
+segments; key head h // group serves value head h. q, k, v, o, d and gradients [B, T, H, ·], their
 last axis contiguous; what a chunk's pairs have (Y, scores, P, X + Xᵀ) [B, H, T, C]; states
 [B, S, H, K, V] and transitions [B, S, H, K, K] fp32. `weights` [4, B, H, T] fp32: G in log2, the
 decay since the chunk's start and until its end, β; the decays are 0 where a document start lies
@@ -73,6 +76,12 @@ def load_weight(weights, KIND: tl.constexpr, start, T, C: tl.constexpr):
     o_c = tl.arange(0, C)
     p_weight = weights + KIND * (tl.num_programs(2).to(tl.int64) * T) + start + o_c
     return tl.load(p_weight, mask=o_c < T - start, other=0.0)
+
+
+@triton.jit
+def writes(weights, start, T, C: tl.constexpr):
+    """[C]: 1 where what the forward kept of a token is d, 0 where β is 0 and it is r."""
+    return tl.where(load_weight(weights, BETA, start, T, C) == 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -138,14 +147,10 @@ def prepare_kernel(
     b_beta = tl.load(p_beta, mask=mask_c, other=0.0).to(tl.float32)
     tl.store(p_weight + BETA * plane, b_beta, mask=mask_c)
 
-    b_keys, b_scores = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+    b_keys = tl.zeros([C, C], dtype=tl.float32)
     for first_k in tl.range(0, K, BK, num_stages=1):
-        o_k = first_k + tl.arange(0, BK)
-        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
-        b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
+        b_k = load_tile(k, start, T, k_stride_t, first_k + tl.arange(0, BK), K, C)
         b_keys = tl.dot(b_k, tl.trans(b_k), b_keys, input_precision=PRECISION)
-        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)
-
     if DECAY:
         b_sum, b_document, b_from_start, b_to_end, b_through = chunk_decay(
             g, doc_ids, start, T, g_stride_t, 0.0, C, GATES, PACKED
@@ -159,6 +164,12 @@ def prepare_kernel(
         b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
 
     o_pairs = (row.to(tl.int64) * T + start) * C + o_c[:, None] * C + o_c[None, :]
+    b_scores = tl.zeros([C, C], dtype=tl.float32)
+    for first_k in tl.range(0, K, BK, num_stages=1):
+        o_k = first_k + tl.arange(0, BK)
+        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+        b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
+        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)
     b_scores *= b_decay * scale
     tl.store(scores + o_pairs, b_scores.to(scores.dtype.element_ty), mask=mask_c[:, None])
     b_n = tl.where(o_c[:, None] > o_c[None, :], b_keys * b_decay, 0.0)
@@ -168,16 +179,17 @@ def prepare_kernel(
 
 @triton.jit
 def value_walk_kernel(
-    q, k, v, weights, through, inverse, scores, entering, leaving, transition, out, residual,
+    q, k, v, weights, through, inverse, scores, entering, leaving, transition, out, written,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The recurrence over a segment's chunks. SUMMARIZE: from a state of zero, and on the columns
     of the identity without values; writes the state and the transition that the segment ends in.
-    Otherwise from the entering state; writes o, r, and the state after the last segment.
+    Otherwise from the entering state; writes o, d, and the state after the last segment.
 
     Grid: (blocks of V, and of K for the transition, S, B·H). One program owns [BV, BK >= K] of the
     transposed state. Reads k and Y once a block (and q and the scores), v once.
@@ -202,10 +214,10 @@ def value_walk_kernel(
         q += batch.to(tl.int64) * q_stride_b + (head // group).to(tl.int64) * q_stride_h
         scores += row.to(tl.int64) * T * C
         out += (batch.to(tl.int64) * T * H + head) * V
-        residual += (batch.to(tl.int64) * T * H + head) * V
+        written += (batch.to(tl.int64) * T * H + head) * V
         b_state = tl.load(entering + stretch * K * V + o_state, mask=mask_state, other=0.0)
 
-    for i in range(chunks):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + i * C
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
         b_v = tl.trans(load_tile(v, start, T, v_stride_t, o_v, V, C))  # [BV, C]
@@ -218,7 +230,8 @@ def value_walk_kernel(
             b_r *= b_from_start
         b_r = b_v.to(tl.float32) - b_r
         b_r = tl.dot((b_r * b_beta).to(b_k.dtype), tl.trans(b_y), b_r, input_precision=PRECISION)
-        b_written = b_r * b_beta
+        b_kept = b_r * tl.where(b_beta == 0, 1.0, b_beta)
+        b_written = tl.where(b_beta == 0, 0.0, b_kept)
         if not SUMMARIZE:
             b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
             b_scores = load_pairs(scores, start, T, C)
@@ -231,7 +244,7 @@ def value_walk_kernel(
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
             mask = (o_c < T - start)[None, :] & (o_v < V)[:, None]
             tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=mask)
-            tl.store(residual + o_out, b_r.to(residual.dtype.element_ty), mask=mask)
+            tl.store(written + o_out, b_kept.to(written.dtype.element_ty), mask=mask)
         if DECAY:
             b_written *= load_weight(weights, TO_END, start, T, C)[None, :]
             b_state *= tl.load(through + start // C)
@@ -249,20 +262,21 @@ def value_walk_kernel(
 
 @triton.jit
 def value_gradient_kernel(
-    q, k, do, weights, through, inverse, scores, residual, leaving_gradient, entering_gradient,
+    q, k, do, weights, through, inverse, scores, written, leaving_gradient, entering_gradient,
     dv, beta_sums,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient over a segment's chunks, from the last. SUMMARIZE: from zero; writes
     what the segment begins with. Otherwise from that of the leaving state; writes dv, the block's
     part of dβ, and the gradient of the first segment's entering state.
 
     Grid: (blocks of V, S, B·H). One program owns [BV, BK >= K] of the transposed gradient. Reads
-    q, k, Y and the scores once a block, do (and r) once.
+    q, k, Y and the scores once a block, do (and d) once.
     """
     block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = row // H, row % H
@@ -283,12 +297,12 @@ def value_gradient_kernel(
         b_gradient = tl.zeros([BV, BK], dtype=tl.float32)
     else:
         dv += (batch.to(tl.int64) * T * H + head) * V
-        residual += (batch.to(tl.int64) * T * H + head) * V
+        written += (batch.to(tl.int64) * T * H + head) * V
         beta_sums += (block * tl.num_programs(2) + row).to(tl.int64) * T
         p_state = leaving_gradient + stretch * K * V + o_state
         b_gradient = tl.load(p_state, mask=mask_state, other=0.0)
 
-    for i in range(chunks):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + (chunks - 1 - i) * C
         b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
@@ -306,17 +320,18 @@ def value_gradient_kernel(
         b_gradient = tl.dot(b_seen.to(b_k.dtype), b_q, b_gradient, input_precision=PRECISION)
         b_e = tl.dot(b_do, b_scores, b_e, input_precision=PRECISION)
         b_e = tl.dot((b_e * b_beta).to(b_k.dtype), b_y, b_e, input_precision=PRECISION)
-        b_dv = b_e * b_beta
         if not SUMMARIZE:
             mask_c = o_c < T - start
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
             mask = mask_c[None, :] & (o_v < V)[:, None]
-            b_r = tl.load(residual + o_out, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dv + o_out, b_dv.to(dv.dtype.element_ty), mask=mask)
-            tl.store(beta_sums + start + o_c, tl.sum(b_e * b_r, axis=0), mask=mask_c)
+            b_kept = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
+            tl.store(dv + o_out, (b_e * b_beta).to(dv.dtype.element_ty), mask=mask)
+            b_dbeta = tl.sum(b_e * b_kept / tl.where(b_beta == 0, 1.0, b_beta), axis=0)
+            tl.store(beta_sums + start + o_c, b_dbeta, mask=mask_c)
+        b_e *= -b_beta
         if DECAY:
-            b_dv *= b_from_start
-        b_gradient = tl.dot((-b_dv).to(b_k.dtype), b_k, b_gradient, input_precision=PRECISION)
+            b_e *= b_from_start
+        b_gradient = tl.dot(b_e.to(b_k.dtype), b_k, b_gradient, input_precision=PRECISION)
 
     if SUMMARIZE:
         tl.store(entering_gradient + stretch * K * V + o_state, b_gradient, mask=mask_state)
@@ -328,7 +343,7 @@ def value_gradient_kernel(
 
 @triton.jit
 def pair_gradient_kernel(
-    q, k, do, dv, residual, weights, doc_ids, query_pairs, key_pairs, pair_sums,
+    q, k, do, dv, written, weights, doc_ids, query_pairs, key_pairs, pair_sums,
     T, H, group, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
@@ -339,13 +354,13 @@ def pair_gradient_kernel(
     two, less what they give it as the earlier. One matrix gives both, so that they cancel where
     they must.
 
-    Grid: (N, 1, B·H). Reads do, dv, r (and q, k) once, writes 2 C numbers a token: bound by memory.
+    Grid: (N, 1, B·H). Reads do, dv, d (and q, k) once, writes 2 C numbers a token: bound by memory.
     """
     row, start = tl.program_id(2), tl.program_id(0) * C
     batch, head = row // H, row % H
     do += batch.to(tl.int64) * do_stride_b + head.to(tl.int64) * do_stride_h
     dv += (batch.to(tl.int64) * T * H + head) * V
-    residual += (batch.to(tl.int64) * T * H + head) * V
+    written += (batch.to(tl.int64) * T * H + head) * V
     weights += row.to(tl.int64) * T
     o_c = tl.arange(0, C)
     mask_c = o_c < T - start
@@ -353,21 +368,22 @@ def pair_gradient_kernel(
     b_query, b_key = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     for first_v in tl.range(0, V, BV, num_stages=1):
         o_v = first_v + tl.arange(0, BV)
-        b_r = tl.trans(load_tile(residual, start, T, H * V, o_v, V, C))
+        b_written = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
         b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
         b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_query = tl.dot(b_do, b_r, b_query, input_precision=PRECISION)
-        b_key = tl.dot(b_dv, b_r, b_key, input_precision=PRECISION)
+        b_query = tl.dot(b_do, b_written, b_query, input_precision=PRECISION)
+        b_key = tl.dot(b_dv, b_written, b_key, input_precision=PRECISION)
 
     b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
     if DECAY:
-        b_sum = load_weight(weights, LOG_DECAY, start, T, C)
+        o_token = tl.minimum(start + o_c, T - 1)  # G goes on as it is beyond T: no exponent rises
+        b_sum = tl.load(weights + LOG_DECAY * (tl.num_programs(2).to(tl.int64) * T) + o_token)
         b_document = o_c
         if PACKED:
             doc_ids += batch.to(tl.int64) * T
-            b_document = tl.load(doc_ids + tl.minimum(start + o_c, T - 1))
+            b_document = tl.load(doc_ids + o_token)
         b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
-    b_decay *= load_weight(weights, BETA, start, T, C)[None, :]
+    b_decay *= writes(weights, start, T, C)[None, :]
     b_query *= b_decay * scale
     b_key = tl.where(o_c[:, None] > o_c[None, :], b_key * -b_decay, 0.0)
 
@@ -393,18 +409,18 @@ def pair_gradient_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, do, dv, residual, weights, through, query_pairs, entering, dq, dk, state_sums,
+    q, k, do, dv, written, weights, through, query_pairs, entering, dq, dk, state_sums,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and of dk what comes from a token's look at the entering state; with SUMS also what both
     give the decay since the chunk's start.
 
     Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
-    do, dv, r and P once a block, k (and q) once.
+    do, dv, d and P once a block, k (and q) once.
     """
     block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = row // H, row % H
@@ -417,7 +433,7 @@ def query_gradient_kernel(
     through += row * tl.cdiv(T, C)
     query_pairs += row.to(tl.int64) * T * C
     dv += (batch.to(tl.int64) * T * H + head) * V
-    residual += (batch.to(tl.int64) * T * H + head) * V
+    written += (batch.to(tl.int64) * T * H + head) * V
     dq += (batch.to(tl.int64) * T * H + head) * K
     dk += (batch.to(tl.int64) * T * H + head) * K
     if SUMS:
@@ -427,46 +443,50 @@ def query_gradient_kernel(
     p_state = entering + stretch * K * V + o_k[:, None] * V + o_v[None, :]
     b_state = tl.load(p_state, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
 
-    for i in range(chunks):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + i * C
         mask_c = o_c < T - start
         b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))  # [BK, C]
         b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
         b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_r = load_tile(residual, start, T, H * V, o_v, V, C)
+        b_written = load_tile(written, start, T, H * V, o_v, V, C)
         b_pair = load_pairs(query_pairs, start, T, C)
         b_factor = b_state.to(b_k.dtype)
-        b_dq = tl.dot(b_factor, tl.trans(b_do), input_precision=PRECISION) * scale  # [BK, C]
-        b_dk = -tl.dot(b_factor, tl.trans(b_dv), input_precision=PRECISION)
-        b_weight = load_weight(weights, BETA, start, T, C)
+        o_out = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
+        mask = mask_c[None, :] & (o_k < K)[:, None]
+        b_dk = -tl.dot(b_factor, tl.trans(b_dv), input_precision=PRECISION)  # [BK, C]
+        b_weight = writes(weights, start, T, C)
         if DECAY:
             b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
-            b_dq *= b_from_start
             b_dk *= b_from_start
             b_weight *= load_weight(weights, TO_END, start, T, C)
             b_state *= tl.load(through + start // C)
-        o_out = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
-        mask = mask_c[None, :] & (o_k < K)[:, None]
+        if SUMS:
+            b_given = tl.sum(b_k * b_dk, axis=0)
         tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+        b_dq = tl.dot(b_factor, tl.trans(b_do), input_precision=PRECISION) * scale
+        if DECAY:
+            b_dq *= b_from_start
         if SUMS:
             b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))
-            b_given = b_q.to(tl.float32) * b_dq + b_k.to(tl.float32) * b_dk
-            tl.store(state_sums + start + o_c, tl.sum(b_given, axis=0), mask=mask_c)
+            b_given += tl.sum(b_q * b_dq, axis=0)
+            tl.store(state_sums + start + o_c, b_given, mask=mask_c)
         b_dq = tl.dot(b_k, tl.trans(b_pair), b_dq, input_precision=PRECISION)
         tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
-        b_written = (b_k * b_weight[None, :]).to(b_k.dtype)
-        b_state = tl.dot(b_written, b_r, b_state, input_precision=PRECISION)
+        b_key = (b_k * b_weight[None, :]).to(b_k.dtype)
+        b_state = tl.dot(b_key, b_written, b_state, input_precision=PRECISION)
 
 
 @triton.jit
 def key_gradient_kernel(
-    q, k, do, dv, residual, weights, through, query_pairs, key_pairs, entering, final,
+    q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering, final,
     leaving_gradient, state_sums, dk, after_sums, across_sums,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk what comes from the pairs of a chunk and through the state after it. With SUMS
     also what the latter gives the decay until the chunk's end, and `across_sums` [blocks, B, H, N]
@@ -475,7 +495,7 @@ def key_gradient_kernel(
     through.
 
     Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of the state's gradient. Reads do,
-    dv, r and the pairs once a block, q, k and dk once.
+    dv, d and the pairs once a block, q, k and dk once.
     """
     block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = row // H, row % H
@@ -490,7 +510,7 @@ def key_gradient_kernel(
     query_pairs += row.to(tl.int64) * T * C
     key_pairs += row.to(tl.int64) * T * C
     dv += (batch.to(tl.int64) * T * H + head) * V
-    residual += (batch.to(tl.int64) * T * H + head) * V
+    written += (batch.to(tl.int64) * T * H + head) * V
     dk += (batch.to(tl.int64) * T * H + head) * K
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     o_state = o_k[:, None] * V + o_v[None, :]
@@ -507,18 +527,18 @@ def key_gradient_kernel(
         b_state = tl.load(leaving + o_state, mask=mask_state, other=0.0)
         carry = tl.sum(tl.sum(b_state * b_gradient, axis=1), axis=0)
 
-    for i in range(chunks):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + (chunks - 1 - i) * C
         mask_c = o_c < T - start
         b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))  # [BK, C]
         b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))
         b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
         b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_r = load_tile(residual, start, T, H * V, o_v, V, C)
+        b_written = load_tile(written, start, T, H * V, o_v, V, C)
         b_query, b_key = load_pairs(query_pairs, start, T, C), load_pairs(key_pairs, start, T, C)
-        b_weight = load_weight(weights, BETA, start, T, C)
+        b_weight = writes(weights, start, T, C)
         b_seen, b_held = b_q * scale, -b_k.to(tl.float32)
-        b_dk = tl.dot(b_gradient.to(b_k.dtype), tl.trans(b_r), input_precision=PRECISION)
+        b_dk = tl.dot(b_gradient.to(b_k.dtype), tl.trans(b_written), input_precision=PRECISION)
         if DECAY:
             b_weight *= load_weight(weights, TO_END, start, T, C)
             b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]

@@ -70,7 +70,7 @@ def run(
     op: Callable[[Case], tuple[Tensor, Tensor]], case: Case, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """o, the final state and the gradients of all inputs."""
-    names = ["q", "k", "v", "g", "initial_state"]
+    names = vars(case).keys() - {"doc_ids", "output_gradient", "state_gradient"}
     leaves = {
         name: getattr(case, name).detach().to(dtype or getattr(case, name).dtype).requires_grad_()
         for name in names
