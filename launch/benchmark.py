@@ -2,6 +2,7 @@
 
 python launch/benchmark.py ops [--ops gla retention] [--shapes 2] [--output
 docs/benchmarks/ops_h200.json] python launch/benchmark.py compile-check [--thorough]
+python launch/benchmark.py tune [--ops gla] [--shapes 1]
 python launch/benchmark.py data [--output docs/benchmarks/data_<machine>.json]
 python launch/benchmark.py step --config configs/samba_32k.json [--section.key value ...]
 torchrun --nproc-per-node 8 launch/benchmark.py links
@@ -27,6 +28,9 @@ def main() -> int:
     ops.add_argument("--ops", nargs="+", default=None, help="default: all")
     ops.add_argument("--shapes", type=int, default=None, help="only the first so many shapes")
     ops.add_argument("--output", default=None, help="default: docs/benchmarks/ops_<gpu>.json")
+    tune = commands.add_parser("tune", help="find launch settings, and write their tables")
+    tune.add_argument("--ops", nargs="+", default=None, help="default: all that have a table")
+    tune.add_argument("--shapes", type=int, default=1, help="only the first so many shapes")
     check = commands.add_parser(
         "compile-check", help="compile every kernel ahead of time, without a GPU"
     )
@@ -60,6 +64,15 @@ def main() -> int:
     import torch
 
     from fla_dist.benchmark.ops import OPS, SHAPES, benchmark
+
+    if arguments.command == "tune":
+        from fla_dist.benchmark.tune import FAMILIES
+        from fla_dist.benchmark.tune import tune as tune_op
+
+        for shape in SHAPES[: arguments.shapes]:
+            for name in arguments.ops or FAMILIES:
+                tune_op(name, shape)
+        return 0
 
     gpu = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower()
     path = arguments.output or f"docs/benchmarks/ops_{gpu}.json"

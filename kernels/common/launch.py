@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,38 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of a kernel's launch."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+def read_tuned(path: Path, kind: type[T]) -> dict[tuple[int, int, int], T]:
+    """(compute capability, K, V) to a family's settings, of the table that `launch/benchmark.py
+    tune` writes."""
+    if not path.exists():
+        return {}
+    return {
+        (row["capability"], row["K"], row["V"]): kind(
+            **{
+                name: Launch(*value) if isinstance(value, list) else value
+                for name, value in row["settings"].items()
+            }
+        )
+        for row in json.loads(path.read_text())
+    }
+
+
+def write_tuned(path: Path, tuned: dict[tuple[int, int, int], Any]) -> None:
+    """Writes what `read_tuned` reads."""
+    rows = [
+        {
+            "capability": capability, "K": key_size, "V": value_size,
+            "settings": {
+                field.name: list(astuple(value)) if isinstance(value, Launch) else value
+                for field in fields(settings)
+                for value in [getattr(settings, field.name)]
+            },
+        }
+        for (capability, key_size, value_size), settings in sorted(tuned.items())
+    ]  # fmt: skip
+    path.write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
 
 
 def padded(size: int, itemsize: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-from fla_dist.kernels.common.launch import Launch, padded
+from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
 CHECKED = {(torch.bfloat16, 128, 128)}
 """(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
@@ -31,7 +32,7 @@ class Settings:
     longest: int = 1024
 
 
-TUNED: dict[tuple[int, int, int], Settings] = {}
+TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)
 
 
 @lru_cache

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
-from fla_dist.kernels.common.launch import Launch, padded
+from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
 CHECKED = {
     *((torch.bfloat16, k, v) for k, v in ((24, 40), (64, 128), (96, 160), (128, 128), (256, 256))),
@@ -37,9 +38,7 @@ class Settings:
     longest: int = 1024
 
 
-TUNED: dict[tuple[int, int, int], Settings] = {
-    (90, 128, 128): Settings(64, Launch(128, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2)),
-}
+TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)
 
 
 @lru_cache
