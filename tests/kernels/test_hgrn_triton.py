@@ -100,6 +100,18 @@ def test_kernels(
     assert all(error < 1e-5 for error in found.values()), found
 
 
+@interpreted
+def test_compiled_whole(monkeypatch) -> None:
+    """Forward and backward without a break of the graph, and the same numbers."""
+    for name, value in {"ROWS": 1, "ROW": 4, "GROUP": 3, "BLOCK": 4, "FORWARD_UNROLL": 4}.items():
+        monkeypatch.setattr(steps, name, value)
+    monkeypatch.setattr(steps, "BACKWARD_UNROLL", 4)
+    inputs = make(1, 7, 2, 0.5)
+    compiled = torch.compile(segmented_hgrn, backend="aot_eager", fullgraph=True)
+    outcomes = [results(function, inputs, None, True) for function in (compiled, segmented_hgrn)]
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 
