@@ -17,14 +17,17 @@ import torch.multiprocessing as mp
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "fla_dist.models"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` on each rank, torch.distributed initialized; a failure of one fails all."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
+) -> list[Any]:
+    """`function(*args)` on each rank, torch.distributed initialized, on a GPU each for the device
+    "cuda"; a failure of one fails all."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _rank,
-            (world_size, folder, function, args),
+            (world_size, folder, device, function, args),
             nprocs=world_size,
-            start_method="forkserver",
+            start_method="spawn" if device == "cuda" else "forkserver",
         )
         return [
             torch.load(Path(folder) / f"result_{rank}", weights_only=False)
@@ -32,10 +35,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         ]
 
 
-def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, device: str, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
