@@ -101,7 +101,7 @@ def load_again(p, mask, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(p, cache_modifier=".ca")
     else:
-        return tl.load(p, mask=mask, other=0.0, cache_modifier=".ca")
+        return tl.load(p, mask=mask != 0, other=0.0, cache_modifier=".ca")
 
 
 @triton.jit

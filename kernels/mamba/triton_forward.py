@@ -41,11 +41,12 @@ PASS_NONE: tl.constexpr = tl.constexpr(-RESET)
 
 @triton.jit
 def load(p, mask, EVEN: tl.constexpr):
-    """EVEN: blocks divide all axes, nothing needs a mask."""
+    """EVEN: blocks divide all axes, nothing needs a mask. (A mask combined with a comparison of
+    numbers is an integer in the interpreter of Triton 3.9.)"""
     if EVEN:
         return tl.load(p)
     else:
-        return tl.load(p, mask=mask, other=0.0)
+        return tl.load(p, mask=mask != 0, other=0.0)
 
 
 @triton.jit
@@ -217,12 +218,12 @@ def fold_kernel(
         b_added, b_total = (), ()
         for i in tl.static_range(UNROLL):
             stretch = i_b * S + (S - 1 - start - i if REVERSE else start + i)
-            inside = mask & (start + i < S)
+            inside = (mask & (start + i < S)) != 0
             b_added += (tl.load(state + stretch * size + o, mask=inside, other=0.0),)
             b_total += (tl.load(log_decay + stretch * D, mask=inside, other=0.0),)
         for i in tl.static_range(UNROLL):
             stretch = i_b * S + (S - 1 - start - i if REVERSE else start + i)
-            tl.store(entries + stretch * size + o, b_h, mask=mask & (start + i < S))
+            tl.store(entries + stretch * size + o, b_h, mask=(mask & (start + i < S)) != 0)
             b_h = tl.exp2(b_total[i] * b_rate) * b_h + b_added[i]
     tl.store(final + i_b * size + o, b_h, mask=mask)
 

@@ -23,13 +23,20 @@ CHANNELS, STEP, SEGMENT, WARPS = 256, 8, 256, 4
 
 
 @triton.jit
+def where(mask_d, inside):
+    """The channels' mask at one token. (With a comparison of numbers it is an integer in the
+    interpreter of Triton 3.9.)"""
+    return (mask_d & inside) != 0
+
+
+@triton.jit
 def load_row(x, left, t, T, o_d, mask_d, x_stride_t, W: tl.constexpr, D: tl.constexpr):
     """Token t of left and x one after the other, t from 1 - W; zeros beyond."""
     inside = (t >= 0) & (t < T)
-    b_x = tl.load(x + t * x_stride_t + o_d, mask=mask_d & inside, other=0.0).to(tl.float32)
+    b_x = tl.load(x + t * x_stride_t + o_d, mask=where(mask_d, inside), other=0.0).to(tl.float32)
     if W > 1:
         before = (t < 0) & (t > -W)
-        b_left = tl.load(left + (t + W - 1) * D + o_d, mask=mask_d & before, other=0.0)
+        b_left = tl.load(left + (t + W - 1) * D + o_d, mask=where(mask_d, before), other=0.0)
         b_x += b_left.to(tl.float32)
     return b_x
 
@@ -75,7 +82,7 @@ def short_convolution_kernel(
             b_y += tl.where(position >= j, b_taps[j] * b_rows[i + W - 1 - j], 0.0)
         if SILU:
             b_y *= tl.sigmoid(b_y)
-        tl.store(y + t * D + o_d, b_y.to(y.dtype.element_ty), mask=mask_d & (t < T))
+        tl.store(y + t * D + o_d, b_y.to(y.dtype.element_ty), mask=where(mask_d, t < T))
 
 
 @triton.jit
@@ -120,7 +127,7 @@ def short_convolution_backward_kernel(
             t = start + i
             inside = (t >= 0) & (t < T)
             position = tl.load(positions + t, mask=inside, other=0)
-            b_p = tl.load(dy + t * dy_stride_t + o_d, mask=mask_d & inside, other=0.0).to(
+            b_p = tl.load(dy + t * dy_stride_t + o_d, mask=where(mask_d, inside), other=0.0).to(
                 tl.float32
             )
             if SILU:
@@ -137,10 +144,10 @@ def short_convolution_backward_kernel(
             for j in tl.static_range(1, W):
                 b_dx += tl.where(positions_of[i + j] >= j, b_taps[j] * b_ps[i + j], 0.0)
             b_dx = b_dx.to(dx.dtype.element_ty)
-            tl.store(dx + t * D + o_d, b_dx, mask=mask_d & (t >= 0) & (t < end))
+            tl.store(dx + t * D + o_d, b_dx, mask=where(mask_d, (t >= 0) & (t < end)))
             if W > 1:
                 before = (t < 0) & (t > -W)
-                tl.store(dleft + (t + W - 1) * D + o_d, b_dx, mask=mask_d & before)
+                tl.store(dleft + (t + W - 1) * D + o_d, b_dx, mask=where(mask_d, before))
             b_dbias += b_ps[i]
         for j in tl.static_range(W):
             b_sum = tl.zeros([BD], dtype=tl.float32)
