@@ -10,7 +10,7 @@ FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsoc
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH_VERSION := 2.13.0
 ifeq ($(GPU)$(shell uname -s),0Linux)
-# Triton 3.6 is what the kernels were checked with; the interpreter of 3.9 refuses Mamba's masks.
+# Triton 3.6 is what the kernels were checked with.
 TORCH ?= torch==$(TORCH_VERSION)+cpu triton==3.6.0 --extra-index-url https://download.pytorch.org/whl/cpu
 else
 TORCH ?= torch==$(TORCH_VERSION)
