@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from fla_dist.benchmark import compile_check
+from fla_dist.benchmark import compile_cases, compile_check
 from fla_dist.benchmark.compile_check import compile_all, record
 from fla_dist.kernels.common.segments import fold_op
 
@@ -23,6 +23,17 @@ def test_a_kernel_compiles_for_both_architectures(tmp_path, monkeypatch):
         ("fold_kernel", 90),
     ]
     assert all(row.registers > 0 and row.problem == "" for row in rows)
+
+
+def test_every_case_records_its_kernels():
+    found = {}
+    for label, launches in compile_cases._cases(90, True):
+        names = {recorded.kernel.fn.__name__ for recorded in record(90, launches)}
+        found.setdefault(label.split()[0], set()).update(names)
+    scan = {"forward_kernel", "backward_kernel"}
+    assert found["hgrn"] == scan and "backward_kernel" in found["mamba"]
+    assert {"prepare_kernel", "pair_gradient_kernel", "fold_kernel"} < found["gla"]
+    assert {"output_kernel", "decay_gradient_kernel", "fold_kernel"} < found["simple_gla"]
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
