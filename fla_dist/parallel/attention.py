@@ -83,12 +83,12 @@ def attention_way(heads: int, kv_heads: int, slices: Slices, masks: Masks, whole
         ValueError: the exchange that was asked for does not fit the heads.
     """
     positions, size = masks.positions, slices.size
-    name = choose(slices.mesh, heads, kv_heads, positions.shape[1])
+    lengths = slices.lengths_beside(positions.shape[1])
+    name = choose(slices.mesh, heads, kv_heads, max(lengths))
     if name == "ring":
         return _Ring(slices, positions)
     if name == "all_gather":
-        before = sum(slices.lengths_beside(positions.shape[1])[: slices.rank])
-        return _AllGather(slices, masks.attention_mask(None, before))
+        return _AllGather(slices, masks.attention_mask(None, sum(lengths[: slices.rank])))
     if heads % size or kv_heads % size:
         raise ValueError(
             f"parallelism.attention_exchange is 'all_to_all', expected {size} ranks to share out "

@@ -87,7 +87,8 @@ class CountingExchange:
 
     def before(self, x: Tensor, width: int) -> Tensor:
         halo = x.new_empty(x.shape[0], width, *x.shape[2:])
-        size = halo.numel() * self._element_size
+        there = (self._mesh.sequence_parallel_size - 1) * x.shape[1]
+        size = halo[:, :there].numel() * self._element_size
         self._add("halos", 2 * size, 2 * self._link.seconds(size))
         return halo
 
@@ -114,6 +115,11 @@ class CountingExchange:
 
     def of_layer(self, index: int) -> CountingExchange:
         return self
+
+    def tokens_before(self, length: int) -> int:
+        """More than any window: where a mask must ask whether the window covers all that there is,
+        it looks at positions, which have no values here."""
+        return 1 << 40
 
     def start(
         self,
