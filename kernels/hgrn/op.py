@@ -19,8 +19,8 @@ CHECKED = {
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for gate in (dtype, torch.float32)
 }
-"""The dtypes of x and g for which the kernels were checked on a GPU, at rows of 16 and of 32
-tokens (docs/notebook.md); the reference serves others."""
+"""The dtypes of x and g for which the kernels were checked on a GPU; the reference serves
+others."""
 
 
 class SegmentedHGRN(torch.autograd.Function):

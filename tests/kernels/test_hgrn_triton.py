@@ -90,10 +90,8 @@ def test_kernels(
     length: int, channels: int, decay: float, packed: bool, state: bool, ranks: bool, monkeypatch
 ) -> None:
     """Segments of 8 tokens, groups of 3: up to three groups."""
-    settings = {"ROWS": 2, "ROW": 4, "GROUP": 3, "BLOCK": 4}
-    unrolls = {"FORWARD_UNROLL": 4, "BACKWARD_UNROLL": 2}
-    for name, value in (settings | unrolls).items():
-        monkeypatch.setattr(steps, name, value)
+    small = steps.Settings(2, 4, 4, 2, group=3, block=4)
+    monkeypatch.setattr(steps, "settings", lambda x, g, packed: small)
     ids = doc_ids(length) if packed else None
     function = over_ranks if ranks else segmented_hgrn
     found = errors(function, make(2, length, channels, decay), ids, state)
@@ -103,9 +101,8 @@ def test_kernels(
 @interpreted
 def test_compiled_whole(monkeypatch) -> None:
     """Forward and backward without a break of the graph, and the same numbers."""
-    for name, value in {"ROWS": 1, "ROW": 4, "GROUP": 3, "BLOCK": 4, "FORWARD_UNROLL": 4}.items():
-        monkeypatch.setattr(steps, name, value)
-    monkeypatch.setattr(steps, "BACKWARD_UNROLL", 4)
+    small = steps.Settings(1, 4, 4, 4, group=3, block=4)
+    monkeypatch.setattr(steps, "settings", lambda x, g, packed: small)
     inputs = make(1, 7, 2, 0.5)
     compiled = torch.compile(segmented_hgrn, backend="aot_eager", fullgraph=True)
     outcomes = [results(function, inputs, None, True) for function in (compiled, segmented_hgrn)]
