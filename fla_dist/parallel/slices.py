@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
 from torch.distributed import Work
 
 from fla_dist.parallel.mesh import Mesh
-from fla_dist.parallel.watch import ExchangeError, current_watch
+from fla_dist.parallel.watch import current_watch, explained
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,10 @@ class Slices:
             )
         return parts
 
-    @contextmanager
-    def naming(self, phase: str) -> Iterator[None]:
+    def naming(self, phase: str) -> AbstractContextManager[None]:
         """Turns what a collective raises into an ExchangeError that names ranks, layer and
         phase."""
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, ExchangeError | torch.OutOfMemoryError):
-                raise
-            label, reason = self._label(phase), str(error).split(". ")[0]
-            watch = current_watch()
-            if watch is not None:
-                raise ExchangeError(watch.explain(label, self._ranks, reason)) from error
-            raise ExchangeError(f"rank {self.mesh.rank}: {label}: {reason}") from error
+        return explained(self._label(phase), self._ranks)
 
     def begin(self, phase: str) -> None:
         """Tells the watch that an exchange begins."""

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import Store, Work
 
@@ -147,3 +148,17 @@ def watching(timeout_seconds: float, interval_seconds: float = 1.0) -> Iterator[
 
 def current_watch() -> Watch | None:
     return _watch
+
+
+@contextmanager
+def explained(label: str, ranks: Sequence[int]) -> Iterator[None]:
+    """Turns what a collective among `ranks` raises into an ExchangeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ExchangeError | torch.OutOfMemoryError):
+            raise
+        reason = str(error).split(". ")[0]
+        if _watch is None:
+            raise ExchangeError(f"rank {dist.get_rank()}: {label}: {reason}") from error
+        raise ExchangeError(_watch.explain(label, ranks, reason)) from error

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fla_dist.config import ParallelismConfig
 from fla_dist.parallel.mesh import Mesh, build_mesh
-from fla_dist.parallel.watch import watching
+from fla_dist.parallel.watch import explained, watching
 
 Result = TypeVar("Result")
 
@@ -100,5 +100,6 @@ def raise_first(failures: list[str | None]) -> None:
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Adds each value over all ranks, in fp64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    with explained("agreement of all ranks", range(dist.get_world_size())):
+        dist.all_reduce(total)
     return total.tolist()
