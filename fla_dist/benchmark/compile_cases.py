@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fla_dist.benchmark.compile_check import compile_all, record
 from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.gated_delta_rule.op import segmented_gated_delta_rule
+from fla_dist.kernels.gated_delta_rule.settings import TUNED as GATED_DELTA_RULE_TUNED
 from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn.op import SegmentedHGRN
@@ -90,16 +92,33 @@ def _mamba(dtype: torch.dtype, packed: bool) -> Callable[[], None]:
     return launches
 
 
+def _gated_delta_rule(
+    sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
+    def launches() -> None:
+        q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+        beta = _empty(1, _TOKENS, _HEADS)
+        for g in (_empty(1, _TOKENS, _HEADS), *(None,) * thorough):
+            _train(
+                *segmented_gated_delta_rule(q, k, v, g, beta, scale=0.5, doc_ids=_documents(packed))
+            )
+
+    return launches
+
+
 def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     packings = (False, True) if thorough else (False,)
     halves = [torch.bfloat16] + [torch.float16] * thorough
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
+        ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),
     ):
         sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}
         if thorough:
-            sizes |= {(64, 128), (256, 256), (256, 512)}
+            sizes |= {(64, 128), (256, 256)}
+            if name != "gated_delta_rule":
+                sizes.add((256, 512))
         for size in sorted(sizes):
             for dtype in halves + [torch.float32] * (thorough and size[1] <= 128):
                 for packed in packings:

@@ -24,6 +24,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from fla_dist.kernels.delta_rule import delta_rule
+from fla_dist.kernels.delta_rule.reference import delta_rule_chunked
+from fla_dist.kernels.gated_delta_rule import gated_delta_rule
+from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
 from fla_dist.kernels.gla import gla
 from fla_dist.kernels.gla.reference import gla_chunked
 from fla_dist.kernels.gsa import gsa
@@ -116,6 +120,18 @@ def _gsa_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "g": _log_sigmoid(s.B, s.T, s.H, SLOTS).to(dtype)}
 
 
+def _delta_rule_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    q, k, v = (_normal(s, width, dtype) for width in (s.K, s.K, s.V))
+    beta = torch.rand(s.B, s.T, s.H, device="cuda")
+    return {"q": q, "k": F.normalize(k, dim=-1), "v": v, "beta": beta}
+
+
+def _gated_delta_rule_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = _delta_rule_inputs(s, dtype)
+    beta = inputs.pop("beta")
+    return {**inputs, "g": _log_sigmoid(s.B, s.T, s.H), "beta": beta}
+
+
 def _mamba_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     """D = 2·H·K channels, 16 state numbers each."""
     channels = 2 * s.H * s.K
@@ -179,6 +195,15 @@ OPS = {
     ),
     "gsa": Op(
         gsa, gsa_chunked, None, True, None, _gsa_inputs, lambda s: 4 * SLOTS * (s.K + s.V),
+    ),
+    "delta_rule": Op(
+        delta_rule, delta_rule_chunked, None, True, ("fla.ops.delta_rule", "chunk_delta_rule"),
+        _delta_rule_inputs, lambda s: 6 * s.K * s.V,
+    ),
+    "gated_delta_rule": Op(
+        gated_delta_rule, gated_delta_rule_chunked, None, True,
+        ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+        _gated_delta_rule_inputs, lambda s: 6 * s.K * s.V,
     ),
     "mamba": Op(
         _mamba(selective_scan), _mamba(selective_scan_chunked), None, True, None, _mamba_inputs,
