@@ -75,10 +75,10 @@ def choose(monkeypatch, chunk: int, *, programs: int):
     ("decay", "packed"), [("none", False), ("none", True), ("strong", False), ("mixed", True)]
 )
 def test_interpreter_matches_reference(decay, packed, monkeypatch):
-    """Two segments of two chunks."""
+    """Two segments of two chunks; the last one's part of a chunk decays by more than exp holds."""
     choose(monkeypatch, 16, programs=2)
     case = make_delta_case(
-        (1, 55, 1, 16, 24), decay.replace("none", "normal"), "hard", packed=packed,
+        (1, 56, 1, 16, 24), decay.replace("none", "normal"), "hard", packed=packed,
         dtype=torch.float32, device="cpu",
     )  # fmt: skip
     found = found_errors(replace(case, g=None) if decay == "none" else case)
