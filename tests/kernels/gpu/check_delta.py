@@ -1,5 +1,5 @@
 """The delta rule and the gated delta rule on a GPU against the fp64 reference: `python -m
-tests.kernels.gpu.check_delta`.
+tests.kernels.gpu.check_delta [K V]`.
 
 Calls the kernels themselves, also where the public op would choose the reference. Prints the
 largest error of every output and gradient by kind of input, dtype and head size, and every case
@@ -72,12 +72,14 @@ def check(kind: str, dtype: torch.dtype, key_size: int, value_size: int, heads: 
 
 
 def main() -> int:
+    chosen = tuple(map(int, sys.argv[1:]))
     fine = True
-    for key_size, value_size in SIZES:
-        for dtype in LIMITS:
-            fine = check("usual", dtype, key_size, value_size, 1) and fine
-    for kind in ("hard", "parallel"):
-        fine = check(kind, torch.bfloat16, 128, 128, 2) and fine
+    for sizes in SIZES:
+        if chosen in ((), sizes):
+            for dtype in LIMITS:
+                fine = check("usual", dtype, *sizes, 1) and fine
+            for kind in ("hard", "parallel"):
+                fine = check(kind, torch.bfloat16, *sizes, 2) and fine
     return 0 if fine else 1
 
 
