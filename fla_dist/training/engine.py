@@ -66,7 +66,9 @@ class Engine:
         )
         settings = deepspeed_settings(config, plan)
         clips_itself = config.deepspeed.zero_optimization.stage == 0
-        max_norm = settings.pop("gradient_clipping") if clips_itself else None
+        max_norm = config.deepspeed.gradient_clipping if clips_itself else None
+        if clips_itself:
+            settings["gradient_clipping"] = 0.0  # left out, DeepSpeed would clip to 1 before
         model.to(device)
         optimizer = build_optimizer(model, config.optimizer, max_norm=max_norm)
         self.deepspeed = _initialize(model, optimizer, settings, mesh)
