@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from fla_dist.config import ConfigError, load_config
 from fla_dist.data.batch import Batch
-from fla_dist.parallel.mesh import build_mesh
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print("error: the step benchmark needs a GPU", file=sys.stderr)
         return 2
     from fla_dist.benchmark.ops import environment
-    from fla_dist.training.distributed import process_group
+    from fla_dist.training.distributed import mesh_of, process_group
     from fla_dist.training.engine import Engine, build_model
     from fla_dist.training.metrics import peak_bf16_flops
     from fla_dist.training.plan import plan_batches
@@ -82,9 +81,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         training=replace(config.training, global_batch_tokens=None),
         deepspeed=replace(config.deepspeed, gradient_accumulation_steps=1),
     )
-    with process_group() as device:
+    with process_group(config.parallelism) as device:
         plan = plan_batches(config, dist.get_world_size())
-        mesh = build_mesh(config.parallelism.sequence_parallel_size)
+        mesh = mesh_of(config.parallelism)
         model = build_model(config, mesh, device)
         flops_per_token = model.flops_per_token(config.data.sequence_length)
         engine = Engine(model, config, plan, mesh, device)

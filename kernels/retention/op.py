@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,10 +12,8 @@ from fla_dist.kernels.state import LOCAL, Scan
 
 def retention_decay(num_heads: int, device: torch.device | str | None = None) -> Tensor:
     """[H] fp32, RetNet's log decays (arXiv:2307.08621, equation 8): γ_h = 1 - 2^(-5-h)."""
-    return torch.tensor(
-        [math.log1p(-(2.0 ** (-5 - head))) for head in range(num_heads)],
-        dtype=torch.float32, device=device,
-    )  # fmt: skip
+    head = torch.arange(num_heads, dtype=torch.float32, device=device)
+    return (-torch.exp2(-5 - head)).log1p()
 
 
 def retention(
