@@ -24,6 +24,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.precision import without_autocast
+
 RESET = -1e30
 """The log decay of a stretch in which a document starts. It is finite, so that its gradient is 0
 and not NaN, and exp(RESET) is 0."""
@@ -121,6 +123,7 @@ class Dense:
         return self.matrix
 
     @staticmethod
+    @without_autocast
     def act(factor: Tensor, state: Tensor, *, transposed: bool) -> Tensor:
         return (factor.mT if transposed else factor) @ state
 
@@ -128,7 +131,7 @@ class Dense:
         """All stretches composed into one, [B, 1, ..., K, K]: the last one leftmost."""
         product, *others = self.matrix.unbind(dim=1)
         for matrix in others:
-            product = matrix @ product
+            product = Dense.act(matrix, product, transposed=False)
         return Dense(product.unsqueeze(1))
 
     def gradients(self, leaving: Tensor, entering: Tensor) -> tuple[Tensor, None]:

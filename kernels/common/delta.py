@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import chunk_documents, pad_doc_ids
+from fla_dist.kernels.common.precision import without_autocast
 from fla_dist.kernels.state import LOCAL, Dense, JoinedStates, Scan
 
 
+@without_autocast
 def delta_chunked(
     q: Tensor,
     k: Tensor,

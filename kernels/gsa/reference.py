@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import chunk_documents, document_starts, pad_doc_ids
+from fla_dist.kernels.common.precision import without_autocast
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
 
 
@@ -48,6 +49,7 @@ def gsa_recurrent(
     return torch.stack(outputs, dim=1), state
 
 
+@without_autocast
 def gsa_chunked(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import document_starts
+from fla_dist.kernels.common.precision import without_autocast
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
 
 
@@ -35,6 +36,7 @@ def hgrn_recurrent(
     return torch.stack(outputs, dim=1), state
 
 
+@without_autocast
 def hgrn_chunked(
     x: Tensor,
     g: Tensor,

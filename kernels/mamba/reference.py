@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import document_starts
+from fla_dist.kernels.common.precision import without_autocast
 from fla_dist.kernels.state import LOCAL, RESET, Diagonal, JoinedStates, Scan
 
 
@@ -53,6 +54,7 @@ def selective_scan_recurrent(
     return gated(torch.stack(outputs, dim=1), x, D, z), state
 
 
+@without_autocast
 def selective_scan_chunked(
     x: Tensor,
     dt: Tensor,

@@ -235,6 +235,20 @@ def test_gradient_against_differences(family: str) -> None:
     assert torch.autograd.gradcheck(lambda *x: form(chunked, *x, doc_ids=doc_ids), inputs)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_leaves_the_states_as_they_are(family: str) -> None:
+    make, form, _, chunked = FAMILIES[family]
+    inputs = [x.float() for x in make(40, 0.5)]
+    expected = results(form, chunked, inputs, None)
+
+    def under_autocast(*arguments, **options):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return chunked(*arguments, **options)
+
+    got = results(form, under_autocast, inputs, None)
+    assert_close(got, expected, tolerance=1e-6)
+
+
 def test_half_precision_inputs_keep_fp32_states() -> None:
     q, k, v, g, _ = (x.to(torch.bfloat16) for x in gla_inputs(20, 0.5))
     output, state = gla(q, k, v, g)
