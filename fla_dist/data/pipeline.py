@@ -102,6 +102,9 @@ class ShardReader:
                 self.repair([span], error)
         raise DataError(f"data.cache_dir: {damage}, however often it is rebuilt")
 
+    def close(self) -> None:
+        self._open.clear()
+
     def repair(self, spans: list[Span], damage: DamagedShardError) -> None:
         """Has the damaged ones of the spans' shards rebuilt from their sources."""
         logger.warning("%s; it is rebuilt from its source", damage)
@@ -277,10 +280,12 @@ class TokenPipeline:
         self._builder.reorder()
 
     def close(self) -> None:
-        """Ends the prefetching and this process's builders; the cache stays usable."""
+        """Ends the prefetching and this process's builders and closes the shards; the cache stays
+        usable."""
         self._stop.set()
         self._builder.close()
         self._join()
+        self._reader.close()
 
     def _restart(self, state: dict[str, Any]) -> None:
         self._stop.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -127,6 +128,15 @@ def test_a_thousand_random_kills_resumes_and_meshes(open_pipeline, data_config, 
     data = replace(data_config, packing=packing)
     reference = list(islice(open_pipeline(data), 300))
     check_random_ranks(open_pipeline, data, reference, trials=500, seed=2)
+
+
+def test_a_closed_pipeline_holds_no_file(open_pipeline, data_config):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        pipeline = open_pipeline(data_config)
+        next(pipeline)
+        pipeline.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_best_fit_keeps_documents_whole(open_pipeline, data_config):
