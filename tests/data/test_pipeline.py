@@ -131,12 +131,15 @@ def test_a_thousand_random_kills_resumes_and_meshes(open_pipeline, data_config, 
 
 
 def test_a_closed_pipeline_holds_no_file(open_pipeline, data_config):
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        pipeline = open_pipeline(data_config)
-        next(pipeline)
-        pipeline.close()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    def open_shards() -> int:
+        files = (os.path.realpath(file) for file in Path("/proc/self/fd").iterdir())
+        return sum(file.startswith(os.path.realpath(data_config.cache_dir)) for file in files)
+
+    pipeline = open_pipeline(data_config)
+    next(pipeline)
+    assert open_shards() > 0
+    pipeline.close()
+    assert open_shards() == 0
 
 
 def test_best_fit_keeps_documents_whole(open_pipeline, data_config):
