@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fla_dist.benchmark.compile_check import compile_all, record
-from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.gated_delta_rule.op import segmented_gated_delta_rule
 from fla_dist.kernels.gated_delta_rule.settings import TUNED as GATED_DELTA_RULE_TUNED
 from fla_dist.kernels.gla.op import SegmentedGLA

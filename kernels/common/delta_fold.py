@@ -1,8 +1,6 @@
-"""Segments of the delta rules joined on one GPU: states folded through dense transitions."""
+"""The fold of states through dense transitions on one GPU."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -10,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import step
-from fla_dist.kernels.state import LOCAL, Dense, Pending, Scan, fold
+from fla_dist.kernels.state import Dense, fold
 
 LARGEST_KEY = 128
 """K up to which a transition fits in a program; beyond, each product is a launch of its own."""
@@ -97,41 +95,3 @@ def dense_fold(
 @dense_fold.register_fake
 def _(transition, state, initial, reverse):
     return torch.empty_like(state), torch.empty_like(state[:, 0])
-
-
-class _DensePending:
-    """A scan over the segments of one process: one launch, in `wait`."""
-
-    def __init__(
-        self, transition: Dense, state: Tensor, initial: Tensor | None, reverse: bool
-    ) -> None:
-        self.transition = transition
-        self._arguments: Any = (state, initial, reverse)
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        state, initial, reverse = self._arguments
-        self._arguments = None
-        initial = None if initial is None else initial.contiguous()
-        return dense_fold(self.transition.matrix, state, initial, reverse)
-
-
-class _DenseScan:
-    """`LOCAL` with its fold as one kernel."""
-
-    def start(
-        self,
-        transition: Any,
-        state: Tensor,
-        initial: Tensor | None,
-        *,
-        reverse_of: Pending | None = None,
-    ) -> _DensePending:
-        return _DensePending(transition, state, initial, reverse_of is not None)
-
-
-_DENSE = _DenseScan()
-
-
-def on_gpu(scan: Scan) -> Scan:
-    """The scan to use for dense transitions on the GPU."""
-    return _DENSE if scan is LOCAL else scan

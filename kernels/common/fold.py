@@ -1,13 +1,15 @@
-"""The fold of states, by the kernels where they serve."""
+"""The fold of states, by the kernels where they serve, and the scan of one GPU that uses them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.delta_fold import LARGEST_KEY, dense_fold
 from fla_dist.kernels.common.segments import fold_op
-from fla_dist.kernels.state import Dense, Transition, fold
+from fla_dist.kernels.state import LOCAL, Dense, Pending, Scan, Transition, fold
 
 
 def fold_states(
@@ -55,3 +57,43 @@ def fold_by_kernel(
         reverse,
     )
     return entries.view(state.shape), final.view(entering.shape)
+
+
+class _KernelPending:
+    """A scan over the segments of one process: one launch, in `wait`."""
+
+    def __init__(
+        self, transition: Transition, state: Tensor, initial: Tensor | None, reverse: bool
+    ) -> None:
+        self.transition = transition
+        self._arguments: Any = (state, initial, reverse)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        state, initial, reverse = self._arguments
+        self._arguments = None
+        initial = None if initial is None else initial.contiguous()
+        if isinstance(self.transition, Dense):
+            return dense_fold(self.transition.matrix, state, initial, reverse)
+        return fold_op(self.transition.log_decay, state, initial, reverse)
+
+
+class _KernelScan:
+    """`LOCAL` with its fold as one kernel, for states [B, S, H, K, V]."""
+
+    def start(
+        self,
+        transition: Transition,
+        state: Tensor,
+        initial: Tensor | None,
+        *,
+        reverse_of: Pending | None = None,
+    ) -> _KernelPending:
+        return _KernelPending(transition, state, initial, reverse_of is not None)
+
+
+_KERNELS = _KernelScan()
+
+
+def on_gpu(scan: Scan) -> Scan:
+    """The scan to use for states on the GPU."""
+    return _KERNELS if scan is LOCAL else scan

@@ -1,9 +1,7 @@
-"""Segments: how one process' slice is cut so that its stretches fill the GPU, and how they are
-joined there."""
+"""Segments: how one process' slice is cut so that its stretches fill the GPU, and the fold of
+diagonal states there."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -11,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import step
-from fla_dist.kernels.state import LOCAL, Diagonal, Pending, Scan
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -111,41 +108,3 @@ def _(
     log_decay: Tensor, state: Tensor, initial: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(state), torch.empty_like(state[:, 0])
-
-
-class _SegmentPending:
-    """A scan over the segments of one process: one launch, in `wait`."""
-
-    def __init__(
-        self, transition: Diagonal, state: Tensor, initial: Tensor | None, reverse: bool
-    ) -> None:
-        self.transition = transition
-        self._arguments: Any = (state, initial, reverse)
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        state, initial, reverse = self._arguments
-        self._arguments = None
-        initial = None if initial is None else initial.contiguous()
-        return fold_op(self.transition.log_decay, state, initial, reverse)
-
-
-class _SegmentScan:
-    """`LOCAL` with its fold as one kernel."""
-
-    def start(
-        self,
-        transition: Diagonal,
-        state: Tensor,
-        initial: Tensor | None,
-        *,
-        reverse_of: Pending | None = None,
-    ) -> _SegmentPending:
-        return _SegmentPending(transition, state, initial, reverse_of is not None)
-
-
-_SEGMENTS = _SegmentScan()
-
-
-def on_gpu(scan: Scan) -> Scan:
-    """The scan to use for states on the GPU."""
-    return _SEGMENTS if scan is LOCAL else scan

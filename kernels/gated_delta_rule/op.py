@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.common.delta_fold import on_gpu
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked

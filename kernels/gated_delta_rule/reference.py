@@ -6,11 +6,9 @@ most 0. States: [B, H, K, V].
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from fla_dist.kernels.common.delta import delta_chunked
-from fla_dist.kernels.common.documents import document_starts
+from fla_dist.kernels.kda.reference import kda_chunked, kda_recurrent
 from fla_dist.kernels.state import LOCAL, Scan
 
 
@@ -25,22 +23,11 @@ def gated_delta_rule_recurrent(
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token by token, equation 10. The dtype of the inputs is that of the arithmetic."""
-    batch, length, heads, key_size = q.shape
-    state = (
-        q.new_zeros(batch, heads, key_size, v.shape[-1]) if initial_state is None else initial_state
-    )
-    starts = None if doc_ids is None else document_starts(doc_ids)
-    outputs = []
-    for t in range(length):
-        if starts is not None:
-            state = state.masked_fill(starts[:, t, None, None, None], 0)
-        state = g[:, t].exp()[..., None, None] * state
-        held = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        written = beta[:, t, :, None] * (v[:, t] - held)
-        state = state + k[:, t][..., None] * written[..., None, :]
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-    return torch.stack(outputs, dim=1), state
+    """KDA's, with one decay for all of a head's keys."""
+    return kda_recurrent(
+        q, k, v, g[..., None], beta,
+        scale=scale, initial_state=initial_state, doc_ids=doc_ids,
+    )  # fmt: skip
 
 
 def gated_delta_rule_chunked(
@@ -56,10 +43,9 @@ def gated_delta_rule_chunked(
     scan: Scan = LOCAL,
     chunk_size: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_chunked` with a = exp(g) k, b = -beta k."""
-    g = g[..., None]
-    written = beta[..., None] * k
-    return delta_chunked(
-        q, written, v, g.exp() * k, -written, g,
-        scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan, chunk_size=chunk_size,
+    """KDA's, with one decay for all of a head's keys."""
+    return kda_chunked(
+        q, k, v, g[..., None], beta,
+        scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+        chunk_size=chunk_size,
     )  # fmt: skip

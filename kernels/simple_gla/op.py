@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
-from fla_dist.kernels.common.segments import on_gpu
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
 from fla_dist.kernels.simple_gla.settings import CHECKED, SHORTEST

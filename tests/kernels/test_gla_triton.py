@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import Launch
-from fla_dist.kernels.common.segments import on_gpu
 from fla_dist.kernels.gla import steps
 from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.reference import gla_chunked

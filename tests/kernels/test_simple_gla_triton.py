@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import Launch
-from fla_dist.kernels.common.segments import on_gpu
 from fla_dist.kernels.simple_gla import steps
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked, simple_gla_recurrent

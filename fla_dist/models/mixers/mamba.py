@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla_dist.kernels.mamba import selective_scan
-from fla_dist.kernels.short_convolution import short_convolution
-from fla_dist.models.layers import keep_fp32, time_step_bias_
+from fla_dist.models.layers import ShortConvolution, keep_fp32, time_step_bias_
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -36,8 +35,7 @@ class Mamba(Mixer):
         rank = -(-hidden_size // 16) if config.time_step_rank == "auto" else config.time_step_rank
         self.sizes = [rank, config.state_size, config.state_size]
         self.input = nn.Linear(hidden_size, 2 * channels, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel))
-        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.convolution = ShortConvolution(channels, config.conv_kernel, bias=True)
         self.x_projection = nn.Linear(channels, sum(self.sizes), bias=False)
         self.time_step_weight = nn.Parameter(torch.empty(channels, rank))
         self.time_step_bias = keep_fp32(nn.Parameter(torch.empty(channels)))
@@ -47,11 +45,7 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x, z = self.input(x).chunk(2, dim=-1)
-        left = stream.before("convolution", x, self.conv_weight.shape[1] - 1)
-        x = short_convolution(
-            x, self.conv_weight, self.conv_bias,
-            left_context=left, positions=stream.positions, activation="silu",
-        )  # fmt: skip
+        x = self.convolution(x, stream)
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
         y, state = selective_scan(
             x, F.linear(time_step, self.time_step_weight), -self.A_log.exp(), B, C,
@@ -66,7 +60,7 @@ class Mamba(Mixer):
         # output's.
         channels, state_size = self.A_log.shape
         return 7 * channels * state_size + 2 * (
-            self.conv_weight.numel() + self.time_step_weight.numel()
+            self.convolution.weight.numel() + self.time_step_weight.numel()
         )
 
     @staticmethod
@@ -80,9 +74,7 @@ class Mamba(Mixer):
 
     def initialize(self) -> None:
         channels, state_size = self.A_log.shape
-        bound = self.conv_weight.shape[1] ** -0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
+        self.convolution.initialize()
         bound = self.time_step_weight.shape[1] ** -0.5
         nn.init.uniform_(self.time_step_weight, -bound, bound)
         time_step_bias_(self.time_step_bias)

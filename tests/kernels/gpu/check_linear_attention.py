@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.common.segments import on_gpu
+from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.reference import gla_chunked
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
