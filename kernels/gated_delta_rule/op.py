@@ -11,7 +11,7 @@ from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
-from fla_dist.kernels.gated_delta_rule.settings import CHECKED
+from fla_dist.kernels.gated_delta_rule.settings import CHECKED, SHORTEST
 from fla_dist.kernels.gated_delta_rule.steps import (
     key_gradient,
     output,
@@ -97,7 +97,8 @@ def _one_segment(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
-    return capability(q) == 90 and (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED
+    checked = (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED and q.shape[1] >= SHORTEST
+    return capability(q) == 90 and checked
 
 
 def segmented_gated_delta_rule(

@@ -10,7 +10,11 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
-CHECKED = {(torch.bfloat16, 128, 128)}
+_SMALL = ((24, 40), (64, 64), (128, 128))
+CHECKED = {
+    *((torch.bfloat16, *sizes) for sizes in (*_SMALL, (256, 256), (256, 512))),
+    *((torch.float32, *sizes) for sizes in _SMALL),
+}
 """(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
 SHORTEST = 512
 """Tokens below which the decay's gradient is the reference's: see

@@ -12,7 +12,11 @@ import torch
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
 CHECKED = {
-    *((torch.bfloat16, k, v) for k, v in ((24, 40), (64, 128), (96, 160), (128, 128), (256, 256))),
+    *((torch.bfloat16, k, v) for k, v in ((24, 40), (64, 64), (64, 128), (96, 160))),
+    *(
+        (torch.bfloat16, k, v)
+        for k, v in ((128, 64), (128, 128), (256, 64), (256, 256), (256, 512))
+    ),
     (torch.float16, 128, 128),
 }
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference

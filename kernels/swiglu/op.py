@@ -12,7 +12,7 @@ from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.validation import check
 from fla_dist.kernels.swiglu.triton_kernels import swiglu, swiglu_backward
 
-CHECKED: tuple[int, ...] = ()
+CHECKED = (90,)
 """Compute capabilities at which the kernels were checked on a GPU; plain PyTorch serves others."""
 
 
