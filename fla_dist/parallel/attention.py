@@ -13,13 +13,14 @@ the slice. Documents are told by the positions of the queries, as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.attention import AttentionMask, attention, attention_mask
+from fla_dist.kernels.attention import AttentionMask
+from fla_dist.kernels.attention.stretch import Stretch, attend, attend_backward, join, stretch
 from fla_dist.parallel.collectives import (
     Steps,
     Transfer,
@@ -37,8 +38,6 @@ GATHERED_BYTES = 1 << 30
 RING_TOKENS = 8192
 """Tokens of a slice from which a ring's transfers hide: a slice's scores cost 4 T² H K FLOPs, at
 4e14 FLOP/s; its keys and values are 4 T G K bytes, at 5e10 bytes/s across hosts: T = 8192 G / H."""
-QUERY_BLOCK, KEY_BLOCK = 512, 4096
-"""A tile of scores of the ring."""
 
 
 class Masks(Protocol):
@@ -48,19 +47,7 @@ class Masks(Protocol):
 
     def attention_mask(self, window: int | None, context: int) -> AttentionMask: ...
 
-
-class WholeMask:
-    """The mask of a whole sequence on every rank, made at a batch's first layer."""
-
-    def __init__(self) -> None:
-        self._made: tuple[Tensor, AttentionMask] | None = None
-
-    def of(self, positions: Tensor, slices: Slices) -> AttentionMask:
-        if self._made is None or self._made[0] is not positions:
-            steps = _gather_tokens(positions, slices)
-            whole = exchange(steps, slices, "positions, forward")
-            self._made = positions, attention_mask(whole, window=None)
-        return self._made[1]
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any: ...
 
 
 def choose(mesh: Mesh, heads: int, kv_heads: int, length: int) -> AttentionExchange:
@@ -76,25 +63,38 @@ def choose(mesh: Mesh, heads: int, kv_heads: int, length: int) -> AttentionExcha
     return "all_gather"
 
 
-def attention_way(heads: int, kv_heads: int, slices: Slices, masks: Masks, whole: WholeMask) -> Way:
+def attention_way(heads: int, kv_heads: int, slices: Slices, masks: Masks) -> Way:
     """How the ranks of `slices` attend.
 
     Raises:
         ValueError: the exchange that was asked for does not fit the heads.
     """
     positions, size = masks.positions, slices.size
-    lengths = slices.lengths_beside(positions.shape[1])
+    length = positions.shape[1]
+    lengths = slices.lengths_beside(length)
     name = choose(slices.mesh, heads, kv_heads, max(lengths))
-    if name == "ring":
-        return _Ring(slices, positions)
+    if name == "all_to_all":
+        if heads % size or kv_heads % size:
+            raise ValueError(
+                f"parallelism.attention_exchange is 'all_to_all', expected {size} ranks to share "
+                f"out the {heads} heads and {kv_heads} key-value heads evenly"
+            )
+
+        def whole_sequence() -> Stretch:
+            steps = _gather_tokens(positions, slices)
+            whole = exchange(steps, slices, "positions, forward")
+            return stretch(whole, 0, whole.shape[1])
+
+        return _AllToAll(slices, masks.once("the whole sequence", whole_sequence))
+
+    def of(start: int, count: int) -> Stretch:
+        return masks.once(("stretch", start, count), lambda: stretch(positions, start, count))
+
+    before = sum(lengths[: slices.rank])
     if name == "all_gather":
-        return _AllGather(slices, masks.attention_mask(None, sum(lengths[: slices.rank])))
-    if heads % size or kv_heads % size:
-        raise ValueError(
-            f"parallelism.attention_exchange is 'all_to_all', expected {size} ranks to share out "
-            f"the {heads} heads and {kv_heads} key-value heads evenly"
-        )
-    return _AllToAll(slices, whole.of(positions, slices))
+        return _AllGather(slices, of(-before, before + length))
+    starts = [sum(lengths[:rank]) - before for rank in range(slices.rank + 1)]
+    return _Ring(slices, [of(*place) for place in zip(starts, lengths, strict=False)])
 
 
 def full_attention(
@@ -117,7 +117,7 @@ class Way(Protocol):
     """One of the three ways, for one layer and batch."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """o, and the log-sum-exp where the backward uses it."""
+        """o, and what the backward needs of the scores' log-sum-exp."""
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
@@ -141,29 +141,20 @@ class _FullAttention(torch.autograd.Function):
         return *ctx.way.backward(*ctx.saved_tensors, do), None, None, None
 
 
-def _with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, do: Tensor
-) -> tuple[Tensor, ...]:
-    """dq, dk, dv of `attention`."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        o = attention(*inputs, mask)
-    return torch.autograd.grad(o, inputs, do)
-
-
 # All-gather ---------------------------------------------------------------------------------------
 
 
 class _AllGather:
-    def __init__(self, slices: Slices, mask: AttentionMask) -> None:
-        self._slices, self._mask = slices, mask
+    def __init__(self, slices: Slices, seen: Stretch) -> None:
+        self._slices, self._seen = slices, seen
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = [
-            attention(q[:, :, heads], *self._all(k, v, kv_heads, "forward"), self._mask)
+        parts = [
+            attend(q[:, :, heads], *self._all(k, v, kv_heads, "forward"), self._seen)
             for heads, kv_heads in self._groups(q, k)
         ]
-        return torch.cat(outputs, dim=2), q.new_empty(0)
+        o, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return o, lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
@@ -171,7 +162,8 @@ class _AllGather:
         gradients = []
         for heads, kv_heads in self._groups(q, k):
             keys, values = self._all(k, v, kv_heads, "backward")
-            dq, dk, dv = _with_gradients(q[:, :, heads], keys, values, self._mask, do[:, :, heads])
+            whole = (x[:, :, heads] for x in (o, lse, do))
+            dq, dk, dv = attend_backward(q[:, :, heads], keys, values, *whole, self._seen)
             steps = _scatter_tokens(torch.stack([dk, dv], dim=2), q.shape[1], self._slices)
             dkv = exchange(steps, self._slices, "gradients of keys and values, backward")
             gradients.append((dq, *dkv.unbind(dim=2)))
@@ -183,7 +175,7 @@ class _AllGather:
         own = torch.stack([k[:, :, heads], v[:, :, heads]], dim=2)
         steps = _gather_tokens(own, self._slices)
         whole = exchange(steps, self._slices, f"keys and values, {direction}")
-        return iter(whole[:, : self._mask.context + k.shape[1]].unbind(dim=2))
+        return iter(whole[:, : self._seen.count].unbind(dim=2))
 
     def _groups(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
         """Heads of queries, and of keys, of each group."""
@@ -229,18 +221,19 @@ def _scatter_tokens(gradient: Tensor, length: int, slices: Slices) -> Steps:
 
 
 class _AllToAll:
-    def __init__(self, slices: Slices, mask: AttentionMask) -> None:
-        self._slices, self._mask = slices, mask
+    def __init__(self, slices: Slices, whole: Stretch) -> None:
+        self._slices, self._whole = slices, whole
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (self._to_heads(x, "forward") for x in (q, k, v))
-        return self._to_tokens(attention(q, k, v, self._mask), "forward"), q.new_empty(0)
+        o, lse = attend(q, k, v, self._whole)
+        return self._to_tokens(o, "forward"), lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, do = (self._to_heads(x, "backward") for x in (q, k, v, do))
-        gradients = _with_gradients(q, k, v, self._mask, do)
+        q, k, v, o, do = (self._to_heads(x, "backward") for x in (q, k, v, o, do))
+        gradients = attend_backward(q, k, v, o, lse, do, self._whole)
         dq, dk, dv = (self._to_tokens(x, "backward") for x in gradients)
         return dq, dk, dv
 
@@ -303,66 +296,53 @@ class _Ring:
     """Keys and values move to the right only, since no rank sees those after it: after `hop` steps
     a rank holds those of the rank `hop` places to its left."""
 
-    def __init__(self, slices: Slices, positions: Tensor) -> None:
-        self._slices = slices
-        lengths = slices.lengths_beside(positions.shape[1])
-        self._lengths = lengths
-        self._starts = [sum(lengths[:rank]) for rank in range(slices.size)]
-        tokens = torch.arange(positions.shape[1], device=positions.device)
-        self._first = tokens - positions  # first key seen, counted from this slice's start
+    def __init__(self, slices: Slices, seen: list[Stretch]) -> None:
+        self._slices, self._seen = slices, seen  # the slices up to this rank's
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        o = torch.zeros_like(q, dtype=dtype)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-        for offset, keys, values in self._hops(k, v, "forward"):
-            for queries, tile, seen in self._tiles(q, keys, offset):
-                part = attend(q[:, queries], keys[:, tile], values[:, tile], seen)
-                o[:, queries], lse[:, queries] = join(o[:, queries], lse[:, queries], *part)
-        return o.to(q.dtype), lse
+        whole: tuple[Tensor, Tensor] | None = None
+        for seen, keys, values in self._hops(k, v, "forward"):
+            o, lse = attend(q, keys, values, seen)
+            part = o.to(lse.dtype), lse
+            whole = part if whole is None else join(*whole, *part)
+        assert whole is not None
+        return whole[0].to(q.dtype), whole[1]
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = lse.dtype
-        delta = (do.to(dtype) * o.to(dtype)).sum(dim=-1)
-        dq = torch.zeros_like(q, dtype=dtype)
-        dkv = k.new_zeros(2, *k.shape, dtype=dtype)
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        dkv = k.new_zeros(2, *k.shape, dtype=lse.dtype)
         hops = self._hops(k, v, "backward")
         for hop in range(self._slices.size):
             part = None
             if hop <= self._slices.rank:
-                offset, keys, values = next(hops)
-                part = k.new_zeros(2, *keys.shape, dtype=dtype)
-                for queries, tile, seen in self._tiles(q, keys, offset):
-                    gradients = attend_backward(
-                        q[:, queries], keys[:, tile], values[:, tile], seen,
-                        lse[:, queries], delta[:, queries], do[:, queries],
-                    )  # fmt: skip
-                    dq[:, queries] += gradients[0]
-                    part[0][:, tile] += gradients[1]
-                    part[1][:, tile] += gradients[2]
-            steps = self._to_owner(part, torch.zeros_like(dkv), hop)
+                seen, keys, values = next(hops)
+                gradients = attend_backward(q, keys, values, o, lse, do, seen)
+                dq += gradients[0]
+                part = torch.stack(gradients[1:])
+            steps = self._to_owner(part, torch.zeros_like(dkv, dtype=k.dtype), hop)
             phase = f"gradients of keys and values {hop}, backward"
             dkv += exchange(steps, self._slices, phase)
         assert next(hops, None) is None  # ends the last sending
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype)
 
-    def _hops(self, k: Tensor, v: Tensor, direction: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Where the held keys start, counted from this slice's start, with keys and values; the
-        next are under way meanwhile."""
+    def _hops(
+        self, k: Tensor, v: Tensor, direction: str
+    ) -> Iterator[tuple[Stretch, Tensor, Tensor]]:
+        """The slice that is held with its keys and values; the next are under way meanwhile."""
         rank = self._slices.rank
         held = torch.stack([k, v])
         for hop in range(rank + 1):
             phase = f"keys and values {hop + 1}, {direction}"
             transfer = Transfer(self._pass_on(held, hop), self._slices, phase, held.device)
-            yield self._starts[rank - hop] - self._starts[rank], held[0], held[1]
+            yield self._seen[rank - hop], held[0], held[1]
             held = transfer.wait()
 
     def _pass_on(self, held: Tensor, hop: int) -> Steps:
         rank, here = self._slices.rank, self._slices.mesh.rank
         sends = [(held, here + 1)] if rank + 1 < self._slices.size else []
-        coming = self._lengths[rank - hop - 1] if hop < rank else 0
+        coming = self._seen[rank - hop - 1].count if hop < rank else 0
         received = held.new_empty(2, held.shape[1], coming, *held.shape[3:])
         receives = [(received, here - 1)] if hop < rank else []
         yield send_and_receive(sends, receives, self._slices.mesh.sequence_group)
@@ -379,80 +359,3 @@ class _Ring:
         receives = [(received, here + hop)] if self._slices.rank + hop < self._slices.size else []
         yield send_and_receive(sends, receives, self._slices.mesh.sequence_group)
         return received
-
-    def _tiles(self, q: Tensor, keys: Tensor, offset: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Queries, keys and [B, queries, keys] of who sees whom; no tile that is after all its
-        queries."""
-        length, count = q.shape[1], keys.shape[1]
-        for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
-            query = torch.arange(start, stop, device=q.device)[:, None]
-            for low in range(0, min(count, stop - offset), KEY_BLOCK):
-                high = min(low + KEY_BLOCK, count)
-                key = torch.arange(low + offset, high + offset, device=q.device)
-                seen = (key <= query) & (key >= self._first[:, start:stop, None])
-                yield slice(start, stop), slice(low, high), seen
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to some of the keys, with the log-sum-exp of their scores, in fp32 or fp64.
-
-    Args:
-        q: [B, T, H, K].      k, v: [B, S, G, K].      seen: [B, T, S] bool.
-
-    Returns:
-        o [B, T, H, K], 0 where a query sees no key; lse [B, T, H], -inf there.
-    """
-    scores, (_, _, v) = _scores(q, k, v, seen)
-    lse = scores.logsumexp(dim=-1)  # [B, G, R, T]
-    weights = _weights(scores, lse)
-    o = torch.einsum("bgrts,bsgk->btgrk", weights, v)
-    return o.flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
-
-
-def join(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys from attention to each."""
-    whole = torch.logaddexp(lse, other_lse)
-    share, other = (
-        (part - whole).masked_fill(part == -torch.inf, -torch.inf).exp()[..., None]
-        for part in (lse, other_lse)
-    )
-    return share * o + other * other_o, whole
-
-
-def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, lse: Tensor, delta: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What some of the keys give to dq, dk and dv (arXiv:2205.14135, algorithm 4).
-
-    Args:
-        lse: [B, T, H], over all keys that a query sees.
-        delta: [B, T, H], Σ_k do ⊙ o.
-    """
-    scores, (q, k, v) = _scores(q, k, v, seen)
-    lse, delta, do = (
-        x.to(scores.dtype).unflatten(2, (k.shape[2], -1)) for x in (lse, delta, do)
-    )  # [B, T, G, R, (K)]
-    weights = _weights(scores, lse.permute(0, 2, 3, 1))
-    dv = torch.einsum("bgrts,btgrk->bsgk", weights, do)
-    dweights = torch.einsum("btgrk,bsgk->bgrts", do, v)
-    dscores = weights * (dweights - delta.permute(0, 2, 3, 1)[..., None]) * q.shape[-1] ** -0.5
-    dq = torch.einsum("bgrts,bsgk->btgrk", dscores, k)
-    dk = torch.einsum("bgrts,btgrk->bsgk", dscores, q)
-    return dq.flatten(2, 3), dk, dv
-
-
-def _scores(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """[B, G, R, T, S], -inf where a key is not seen; q [B, T, G, R, K], k and v in their dtype."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    q = q.unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("btgrk,bsgk->bgrts", q, k) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~seen[:, None, None], -torch.inf), (q, k, v)
-
-
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), 0 where no key is seen."""
-    return (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()

@@ -97,14 +97,14 @@ class CountingExchange:
         size, others = self._mesh.sequence_parallel_size, self._mesh.sequence_parallel_size - 1
         name = choose(self._mesh, q.shape[2], k.shape[2], q.shape[1])
         keys = 2.0 * k.numel() * self._element_size  # and values
-        gradients = 2.0 * k.numel() * 4
         if name == "all_to_all":
-            # q and o, then q, do and dq; k and v, then k, v, dk and dv.
-            sizes = [q.numel()] * 5 + [k.numel()] * 6
+            # q and o, then q, o, do and dq; k and v, then k, v, dk and dv.
+            sizes = [q.numel()] * 6 + [k.numel()] * 6
             parts = [n * self._element_size * others / size for n in sizes]
         elif name == "ring":
-            parts = [keys] * (2 * others) + [gradients] * others
+            parts = [keys] * (3 * others)
         else:
+            gradients = 2.0 * k.numel() * 4
             groups = min(k.shape[2], math.ceil(keys * size / GATHERED_BYTES))
             parts = [keys * others / groups] * (2 * groups) + [gradients * others / groups] * groups
         self._add("keys and values", sum(parts), sum(map(self._link.seconds, parts)))

@@ -15,7 +15,6 @@ from fla_dist.kernels.state import LOCAL, Pending, Scan, Transition
 from fla_dist.parallel.attention import (
     Masks,
     Way,
-    WholeMask,
     attention_way,
     full_attention,
 )
@@ -75,10 +74,9 @@ class LocalExchange:
 class MeshExchange:
     """The sequence is divided over the ranks of `slices`."""
 
-    def __init__(self, slices: Slices, whole: WholeMask | None = None) -> None:
+    def __init__(self, slices: Slices) -> None:
         self.slices = slices
         self.scan: Scan = StateScan(slices)
-        self._whole = whole or WholeMask()
 
     @torch.compiler.disable
     def before(self, x: Tensor, width: int) -> Tensor:
@@ -89,13 +87,13 @@ class MeshExchange:
         return full_attention(q, k, v, self.way(q, k, masks))[0]
 
     def way(self, q: Tensor, k: Tensor, masks: Masks) -> Way:
-        return attention_way(q.shape[2], k.shape[2], self.slices, masks, self._whole)
+        return attention_way(q.shape[2], k.shape[2], self.slices, masks)
 
     def prepare_attention(self, heads: int, kv_heads: int, masks: Masks) -> None:
-        attention_way(heads, kv_heads, self.slices, masks, self._whole)
+        attention_way(heads, kv_heads, self.slices, masks)
 
     def of_layer(self, index: int) -> MeshExchange:
-        return MeshExchange(replace(self.slices, layer=index), self._whole)
+        return MeshExchange(replace(self.slices, layer=index))
 
     def tokens_before(self, length: int) -> int:
         return sum(self.slices.lengths_beside(length)[: self.slices.rank])

@@ -3,7 +3,9 @@ gradient, with documents, unequal slices, and groups of heads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fla_dist.kernels.attention import AttentionMask, attention_mask
+from fla_dist.kernels.attention import stretch
 from fla_dist.kernels.attention.reference import attention_dense
 from fla_dist.parallel import attention as ways
 from fla_dist.parallel.attention import choose
@@ -28,9 +30,12 @@ NAMES = ("all_gather", "by head groups", "all_to_all", "ring", "replayed")
 @dataclass
 class Masks:
     positions: Tensor
+    made: dict[Hashable, Any] = field(default_factory=dict)
 
-    def attention_mask(self, window: int | None, context: int) -> AttentionMask:
-        return attention_mask(self.positions, context=context, window=window)
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 def inputs() -> list[Tensor]:
@@ -80,7 +85,7 @@ def all_cases() -> dict[tuple[str, str, str], float]:
                 groups = 1 if name == "by head groups" else ways.GATHERED_BYTES
                 with (
                     mock.patch.object(ways, "GATHERED_BYTES", groups),
-                    mock.patch.multiple(ways, QUERY_BLOCK=7, KEY_BLOCK=5),
+                    mock.patch.multiple(stretch, QUERY_BLOCK=7, KEY_BLOCK=5),
                 ):
                     got = divided(name, positions, lengths, mesh)
                 errors[name, starts, kind] = max(
