@@ -63,7 +63,10 @@ def main() -> int:
 
     import torch
 
-    from fla_dist.benchmark.ops import OPS, SHAPES, benchmark
+    if not torch.cuda.is_available():
+        parser.error(f"{arguments.command} needs a GPU, and this machine has none")
+    from fla_dist.benchmark.op_times import benchmark
+    from fla_dist.benchmark.ops import OPS, SHAPES
 
     if arguments.command == "tune":
         from fla_dist.benchmark.tune import FAMILIES
@@ -77,7 +80,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name().replace("NVIDIA ", "").split()[0].lower()
     path = arguments.output or f"docs/benchmarks/ops_{gpu}.json"
     command = " ".join(["python", *sys.argv])
-    right = benchmark(arguments.ops or list(OPS), SHAPES[: arguments.shapes], path, command)
+    right = benchmark(arguments.ops or list(OPS), arguments.shapes or len(SHAPES), path, command)
     return 0 if right else 1
 
 

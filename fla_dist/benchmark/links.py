@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures on the ranks that a launcher started; rank 0 writes the result."""
-    from fla_dist.benchmark.ops import environment
+    from fla_dist.benchmark.environment import environment
     from fla_dist.training.distributed import process_group
 
     with process_group() as device:

@@ -1,27 +1,13 @@
-"""Times ops against their physical floor, beside the peer's op where it is installed, and only
-where they are right.
-
-An op's floor is the larger of two times: its inputs, outputs and gradients moved once through
-memory, and its matrix products at the tensor cores' rate.
-"""
+"""The ops as benchmarks call them: their inputs, and their errors against the reference."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.delta_rule import delta_rule
@@ -45,9 +31,6 @@ from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
 
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 """Of ‖x - reference‖ / ‖reference‖, the reference in fp64."""
-RATES = {"NVIDIA H200": (4.3e12, 790e12), "NVIDIA H100 80GB HBM3": (3.0e12, 798e12)}
-"""Measured: bytes a second of a device-to-device copy, and bf16 FLOP/s of a large matrix
-product."""
 
 
 @dataclass(frozen=True)
@@ -264,142 +247,3 @@ def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
             error = (cut(result).double() - truth).norm() / truth.norm()
             found[name] = max(found[name], float("inf") if error.isnan() else error.item())
     return found
-
-
-def measure(
-    call: Callable[..., Any], inputs: list[Tensor], output_gradient: Tensor
-) -> dict[str, float]:
-    """Medians of `do_bench`, which empties the L2 before each run, and the memory that forward and
-    backward take beyond the inputs."""
-
-    def both() -> list[Tensor]:
-        return run(call, inputs, output_gradient)
-
-    both()
-    with torch.no_grad():
-        forward = triton.testing.do_bench(lambda: call(*inputs), return_mode="median")
-    forward_backward = triton.testing.do_bench(both, return_mode="median")
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    torch.cuda.synchronize()
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {"forward_ms": forward, "forward_backward_ms": forward_backward, "peak_extra_mib": extra}
-
-
-def first_call_seconds(name: str, shape: Shape) -> float:
-    """Forward and backward in a fresh process with empty compilation caches; without the imports
-    and the start of CUDA."""
-    code = (
-        "import time, torch\nfrom fla_dist.benchmark.ops import *\n"
-        f"op, shape = OPS[{name!r}], {shape!r}\n"
-        "inputs, gradient = make_inputs(op, shape, torch.bfloat16)\ntorch.cuda.synchronize()\n"
-        "started = time.perf_counter()\nrun(op.call, inputs, gradient)\ntorch.cuda.synchronize()\n"
-        "print(time.perf_counter() - started)\n"
-    )
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_CACHE_DIR": cache}
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return float(result.stdout.split()[-1])
-
-
-def floor_ms(op: Op, shape: Shape, inputs: list[Tensor], output_gradient: Tensor) -> float:
-    """Forward and backward: the inputs and the output once; then those, the output's gradient, and
-    the inputs' gradients once."""
-    bandwidth, rate = RATES.get(torch.cuda.get_device_name(), RATES["NVIDIA H200"])
-    arguments, output = sum(x.nbytes for x in inputs), output_gradient.nbytes
-    gradients = sum(x.nbytes for x in inputs if x.requires_grad)
-    products = 4 * shape.K * shape.V if op.products is None else op.products(shape)
-    flops = 3 * shape.B * shape.T * shape.H * products
-    return 1e3 * max((2 * arguments + 2 * output + gradients) / bandwidth, flops / rate)
-
-
-def _name(op: Op) -> str:
-    return next(name for name, other in OPS.items() if other is op)
-
-
-def peer_row(op: Op, inputs: list[Tensor], output_gradient: Tensor) -> dict[str, Any] | None:
-    """The same measurements of flash-linear-attention's op, or None where it is not installed."""
-    if op.peer is None or importlib.util.find_spec("fla") is None:
-        return None
-    module = importlib.import_module(op.peer[0])
-    call = getattr(module, op.peer[1])
-    from importlib.metadata import version
-
-    started = time.perf_counter()
-    run(call, inputs[:3] if _name(op) == "retention" else inputs, output_gradient)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    measured = measure(call, inputs[:3] if _name(op) == "retention" else inputs, output_gradient)
-    return {
-        "name": op.peer[1], "version": version("flash-linear-attention"), **measured,
-        "first_call_seconds": first
-    }  # fmt: skip
-
-
-def environment(command: str) -> dict[str, Any]:
-    def output(*arguments: str) -> str:
-        try:
-            return subprocess.run(
-                arguments, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver": driver[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": output("git", "rev-parse", "HEAD"),
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "peers": "flash-linear-attention" if importlib.util.find_spec("fla") else "none installed",
-    }
-
-
-def benchmark(names: list[str], shapes: tuple[Shape, ...], path: str, command: str) -> bool:
-    """Writes the rows that are right to `path` as they come, prints a table; False where an op was
-    refused."""
-    rows: list[dict[str, Any]] = []
-    refused = False
-    dtype = torch.bfloat16
-    print(f"{'op':18}{'B,T,H,K,V':24}{'forward':>9}{'fwd+bwd':>9}{'floor':>8}{'%':>5}", end="")
-    print(f"{'MiB':>7}{'first':>7}  error")
-    for shape in shapes:
-        for name in names:
-            op = OPS[name]
-            found = errors(op, shape, dtype)
-            torch.cuda.empty_cache()
-            label = ",".join(map(str, vars(shape).values()))
-            shown = " ".join(f"{key} {value:.1e}" for key, value in found.items())
-            if max(found.values()) > LIMITS[dtype]:
-                print(f"{name:18}{label:24} refused: {shown}", flush=True)
-                refused = True
-                continue
-            inputs, output_gradient = make_inputs(op, shape, dtype)
-            measured = measure(op.call, inputs, output_gradient)
-            first = first_call_seconds(name, shape)
-            floor = floor_ms(op, shape, inputs, output_gradient)
-            rows.append(
-                {"op": name, "shape": vars(shape), "dtype": "bf16", **measured,
-                "first_call_seconds": first,
-                 "floor_ms": floor, "errors": found, "peer": peer_row(op, inputs, output_gradient)}
-            )  # fmt: skip
-            total = measured["forward_backward_ms"]
-            percent, forward = 100 * floor / total, measured["forward_ms"]
-            print(
-                f"{name:18}{label:24}{forward:9.3f}{total:9.3f}{floor:8.3f}{percent:5.0f}", end=""
-            )
-            print(f"{measured['peak_extra_mib']:7.0f}{first:7.1f}  {shown}", flush=True)
-            with open(path, "w") as file:
-                json.dump({"environment": environment(command), "rows": rows}, file, indent=1)
-    return not refused

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Starts the ranks of every row and writes the rows that ran, with a plot beside."""
     if arguments.worker:
         return work(arguments, overrides)
+    from fla_dist.benchmark.environment import environment
     from fla_dist.benchmark.links import machine_name
-    from fla_dist.benchmark.ops import environment
     from fla_dist.benchmark.plots import plot_efficiency
 
     try:

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not torch.cuda.is_available():
         print("error: the step benchmark needs a GPU", file=sys.stderr)
         return 2
-    from fla_dist.benchmark.ops import environment
+    from fla_dist.benchmark.environment import environment
     from fla_dist.training.distributed import mesh_of, process_group
     from fla_dist.training.engine import Engine, build_model
     from fla_dist.training.metrics import peak_bf16_flops
