@@ -1,0 +1,56 @@
+"""Launch settings of KDA's kernels, keyed by (compute capability, K, V) for 16-bit inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fla_dist.kernels.common.launch import Launch, padded
+
+CHECKED: set[tuple[torch.dtype, int, int]] = set()
+"""(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
+serves others."""
+SHORTEST = 512
+"""Tokens below which the reference serves: see fla_dist.kernels.gated_delta_rule.settings."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """chunk: tokens.  prepare, pairs: of the chunks, keys in blocks.  summarize, output: of the
+    walks that hold blocks of V; summarize_gradient, value_gradient: of those back.  query_walk,
+    key_walk: of those that hold blocks of K.  programs: segments times heads, about; where heads
+    alone are as many, each is one segment.
+    """
+
+    chunk: int
+    prepare: Launch
+    summarize: Launch
+    output: Launch
+    summarize_gradient: Launch
+    value_gradient: Launch
+    query_walk: Launch
+    key_walk: Launch
+    pairs: Launch
+    programs: int = 128
+
+
+TUNED: dict[tuple[int, int, int], Settings] = {}
+
+
+@lru_cache
+def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
+    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
+    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
+        return TUNED[capability, key_size, value_size]
+    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    if itemsize == 4:
+        pairs, walk = (
+            Launch(32 if wide <= 256 else 16, 4, 1),
+            Launch(32 if wide <= 64 else 16, 4, 1),
+        )
+    else:
+        pairs = Launch(32, 1, 1)
+        walk = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
+    return Settings(16, pairs, walk, walk, walk, walk, walk, walk, pairs)
