@@ -230,7 +230,7 @@ def key_gradient(
         dq, dk, dg, dbeta, length, heads, scale,
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
-        BV=min(padded(value_size, itemsize), 64), PACKED=doc_ids is not None, **common,
+        BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None, **common,
         **launch.options(),
     )  # fmt: skip
     return dq, dk, dg, dbeta

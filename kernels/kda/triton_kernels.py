@@ -5,7 +5,7 @@ wrong in the state, its residual r_t = v_t - S_{t-1}ᵀ (exp(g_t) k_t), solves a
 system (the WY form, arXiv:2406.06484):
 
     q̂_t = scale exp(G_t) q_t    k̂_t = exp(G_t) k_t    k̄_s = beta_s exp(G_C - G_s) k_s
-    N_ts = Σ_K k_t exp(G_t - G_s) k_s for s < t        A_ts = scale Σ_K q_t exp(G_t - G_s) k_s beta_s
+    N_ts = Σ_K exp(G_t - G_s) k_t k_s for s < t    A_ts = scale beta_s Σ_K exp(G_t - G_s) q_t k_s
 
     R = V - K̂ S        r = R + Y R        o = q̂ S + A r        S' = diag(exp G_C) S + k̄ᵀ r
 
@@ -13,15 +13,16 @@ with one strictly lower triangular matrix Y = (1 + N beta)⁻¹ - 1, which serve
 
     E = Aᵀ do + k̄ dS'    dv = dR = E + Yᵀ E    dS = diag(exp G_C) dS' + q̂ᵀ do - K̂ᵀ dv
 
-`prepare_kernel` computes all of the first two lines but N, and Y, so that what walks the chunks of
-a segment sees neither gates nor documents nor beta. `value_walk_kernel` and `value_gradient_kernel`
-hold blocks of V of the states and compute the next two lines; `query_walk_kernel` and
-`key_walk_kernel` hold blocks of K of the same states, S and its gradient, and compute what tokens
-outside a chunk give its q and k. `pair_gradient_kernel` adds what the pairs inside a chunk give,
+`prepare_kernel` computes the first two lines and Y, so that what walks the chunks of a segment sees
+neither gates nor documents nor beta. `value_walk_kernel` and `value_gradient_kernel` hold blocks of
+V of the states and compute the next two lines; `query_walk_kernel` and `key_walk_kernel` hold
+blocks of K of the same states and compute what tokens outside a chunk give its q and k.
+`pair_gradient_kernel` adds what the pairs inside a chunk give them,
 
-    P_ts = scale do_t·r_s for s <= t, of q_t and beta_s k_s        X_ts = -dv_t·r_s for s < t, of k_t and beta_s k_s
+    P_ts = scale do_t·r_s for q_t and beta_s k_s, s <= t
+    X_ts = -dv_t·r_s      for k_t and beta_s k_s, s < t
 
-and computes dg and dbeta: beta_s is in no other factor, so that dbeta_s = k_s·(gradient of beta_s k_s).
+and computes dg and dbeta. beta_s is nowhere but in beta_s k_s, whose gradient times k_s is dbeta_s.
 
 Inside a chunk the decay differs by channel: pairs are sorted by levels, as in
 kernels/gla/triton_kernels.py.
@@ -491,8 +492,9 @@ def pair_gradient_kernel(
             b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
             later = is_later(o_c, level)[None, :]
             b_decay = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
-            b_query = tl.where(later, b_q, b_written) * b_decay
-            b_key = tl.where(later, b_k, b_written) * b_decay
+            b_later, b_earlier = tl.where(later, b_decay, 0.0), tl.where(later, 0.0, b_decay)
+            b_writer = b_written * b_earlier
+            b_query, b_key = b_q * b_later + b_writer, b_k * b_later + b_writer
             b_pairs = level_pairs(o_c, level)
             b_level = tl.where(b_pairs, b_query_pairs, 0.0).to(do.dtype.element_ty)
             b_query_given = tl.dot(b_query.to(b_level.dtype), b_level, input_precision=PRECISION)
@@ -500,11 +502,9 @@ def pair_gradient_kernel(
             b_key_given = tl.dot(b_key.to(b_level.dtype), b_level, input_precision=PRECISION)
             b_change = (b_query * b_query_given + b_key * b_key_given).to(b_gradient_span.dtype)
             b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
-            b_query_given *= b_decay
-            b_key_given *= b_decay
-            b_dq += tl.where(later, b_query_given, 0.0)
-            b_dk += tl.where(later, b_key_given, 0.0)
-            b_dw += tl.where(later, 0.0, b_query_given + b_key_given)
+            b_dq += b_query_given * b_later
+            b_dk += b_key_given * b_later
+            b_dw += (b_query_given + b_key_given) * b_earlier
         b_dg += tl.load(across + o_chunk + o_k, mask=mask_k, other=0.0)[:, None]
         b_dq += b_self * b_written
         b_dw += b_self * b_q

@@ -1,5 +1,5 @@
-"""The delta rule and the gated delta rule on a GPU against the fp64 reference: `python -m
-tests.kernels.gpu.check_delta [K V]`.
+"""The delta rule, the gated delta rule and KDA on a GPU against the fp64 reference: `python -m
+tests.kernels.gpu.check_delta [op] [K V]`.
 
 Calls the kernels themselves, also where the public op would choose the reference. Prints the
 largest error of every output and gradient by kind of input, dtype and head size, and every case
@@ -18,10 +18,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tests.kernels import test_delta_triton, test_kda_triton
 from tests.kernels.gpu.check_linear_attention import LIMITS
 from tests.kernels.gradient_check import errors, run
-from tests.kernels.test_delta_triton import DeltaCase, make_delta_case, reference_op, triton_op
+from tests.kernels.test_delta_triton import DeltaCase, make_delta_case
+from tests.kernels.test_kda_triton import make_kda_case
 
+OPS = {
+    "gated_delta_rule": (make_delta_case, test_delta_triton),
+    "kda": (make_kda_case, test_kda_triton),
+}
 SIZES = ((128, 128), (64, 64), (64, 128), (24, 40), (96, 160), (256, 128), (256, 256))
 LENGTHS = (1, 15, 64, 100, 4133)
 ROUNDED = ("q", "k", "v", "output_gradient")
@@ -39,25 +45,30 @@ def rounded(case: DeltaCase) -> DeltaCase:
     return replace(case, **{name: moved(getattr(case, name)) for name in ROUNDED})
 
 
-def check(kind: str, dtype: torch.dtype, key_size: int, value_size: int, heads: int) -> bool:
+def check(
+    name: str, kind: str, dtype: torch.dtype, key_size: int, value_size: int, heads: int = 1
+) -> bool:
     """kind: usual | hard | parallel.  heads: value heads of a key head."""
+    make, op = OPS[name]
+    decays = ("normal", "strong", "mixed") + ("none",) * (name != "kda")
+    options = {"group": heads} if heads > 1 else {}
     worst: dict[str, float] = {}
     fine = True
     for length in LENGTHS:
-        for decay in ("none", "normal", "strong", "mixed"):
+        for decay in decays:
             for packed in (False, True):
-                case = make_delta_case(
+                case = make(
                     (2, length, 2, key_size, value_size), decay.replace("none", "normal"),
-                    kind, packed=packed, dtype=dtype, device="cuda", group=heads,
+                    kind, packed=packed, dtype=dtype, device="cuda", **options,
                 )  # fmt: skip
                 if decay == "none":
                     case = replace(case, g=None)
-                result, again = run(triton_op, case), run(triton_op, case)
-                truth = run(reference_op, case, torch.float64)
+                result, again = run(op.triton_op, case), run(op.triton_op, case)
+                truth = run(op.reference_op, case, torch.float64)
                 found = errors(result, truth)
                 limits = dict.fromkeys(found, LIMITS[dtype])
                 if kind != "usual":
-                    moved = errors(run(reference_op, rounded(case), torch.float64), truth)
+                    moved = errors(run(op.reference_op, rounded(case), torch.float64), truth)
                     limits = {key: max(limits[key], 3 * moved[key]) for key in found}
                 same = all(torch.equal(result[key], again[key]) for key in result)
                 beyond = {key: value for key, value in found.items() if value > limits[key]}
@@ -67,19 +78,21 @@ def check(kind: str, dtype: torch.dtype, key_size: int, value_size: int, heads: 
                 for key, value in found.items():
                     worst[key] = max(worst.get(key, 0.0), value)
     shown = {key: f"{value:.1e}" for key, value in worst.items()}
-    print(kind, dtype, key_size, value_size, heads, shown, flush=True)
+    print(name, kind, dtype, key_size, value_size, heads, shown, flush=True)
     return fine
 
 
 def main() -> int:
-    chosen = tuple(map(int, sys.argv[1:]))
+    chosen = tuple(int(word) for word in sys.argv[1:] if word.isdigit())
     fine = True
-    for sizes in SIZES:
-        if chosen in ((), sizes):
-            for dtype in LIMITS:
-                fine = check("usual", dtype, *sizes, 1) and fine
-            for kind in ("hard", "parallel"):
-                fine = check(kind, torch.bfloat16, *sizes, 2) and fine
+    for name in [word for word in sys.argv[1:] if word in OPS] or OPS:
+        heads = 1 if name == "kda" else 2
+        for sizes in SIZES:
+            if chosen in ((), sizes):
+                for dtype in LIMITS:
+                    fine = check(name, "usual", dtype, *sizes) and fine
+                for kind in ("hard", "parallel"):
+                    fine = check(name, kind, torch.bfloat16, *sizes, heads) and fine
     return 0 if fine else 1
 
 
