@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config as partitioning
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -91,7 +92,15 @@ class Block(nn.Module):
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=False)
+    """torch.compile, told that also what only feeds a matrix product of the backward is made again
+    there: norms' outputs, and weights in autocast's dtype."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def run(*arguments: Any) -> Tensor:
+        with partitioning.patch(ban_recompute_materialized_backward=False):
+            return compiled(*arguments)
+
+    return run
 
 
 def _checkpointed(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
