@@ -46,10 +46,8 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        pairs, walk = (
-            Launch(32 if wide <= 256 else 16, 4, 1),
-            Launch(32 if wide <= 64 else 16, 4, 1),
-        )
+        pairs = Launch(32 if wide <= 256 else 16, 4, 1)
+        walk = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
         pairs = Launch(32, 1, 1)
         walk = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
