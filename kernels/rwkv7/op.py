@@ -2,11 +2,106 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.fold import on_gpu
+from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked
-from fla_dist.kernels.state import LOCAL, Scan
+from fla_dist.kernels.rwkv7.settings import CHECKED
+from fla_dist.kernels.rwkv7.steps import (
+    key_gradient,
+    prepare,
+    segments,
+    summarize,
+    summarize_gradient,
+    walk,
+)
+from fla_dist.kernels.state import LOCAL, Dense, Scan
+
+
+class SegmentedRWKV7(torch.autograd.Function):
+    """Solve the chunks, summarize the segments, join them, walk them; the backward mirrors it. One
+    segment that no other process continues is walked without a summary."""
+
+    @staticmethod
+    def forward(ctx: Any, r, g, k, v, a, b, initial_state, doc_ids, scale, scan):
+        reads, writes, pairs, through = prepare(r, k, v, a, b, g, doc_ids, scale)
+        pending = None
+        if scan is LOCAL and segments(r, v) == 1:
+            entering = _one_segment(initial_state, r, v)
+        else:
+            state, transition = summarize(reads, writes, v, pairs, through)
+            pending = on_gpu(scan).start(Dense(transition), state, initial_state)
+            entering, _ = pending.wait()
+        o, u, states, final = walk(reads, writes, v, pairs, through, entering, False)
+        ctx.save_for_backward(
+            r, g, k, v, a, b, doc_ids, reads, writes, pairs, through, u, states, final
+        )
+        ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do, final_gradient):
+        r, g, k, v, a, b, doc_ids, reads, writes, pairs, through, u, states, final = (
+            ctx.saved_tensors
+        )
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        initial_gradient = None
+        if ctx.pending is None:
+            leaving_gradient = _one_segment(final_gradient, r, v)
+        else:
+            gradient = summarize_gradient(reads, writes, do, pairs, through)
+            leaving_gradient, initial_gradient = (
+                on_gpu(ctx.scan)
+                .start(ctx.pending.transition, gradient, final_gradient, reverse_of=ctx.pending)
+                .wait()
+            )
+        dv, du, gradients, first_gradient = walk(
+            reads, writes, do, pairs, through, leaving_gradient, True
+        )
+        dr, dk, da, db, dg = key_gradient(
+            r, k, v, a, b, g, do, u, du, doc_ids, reads, writes, pairs, through, states, final,
+            gradients, ctx.scale,
+        )  # fmt: skip
+        if initial_gradient is None:
+            initial_gradient = first_gradient
+        return (
+            dr, dg, dk, dv, da, db, initial_gradient if ctx.has_initial else None, None, None, None,
+        )  # fmt: skip
+
+
+def _one_segment(state: Tensor | None, r: Tensor, v: Tensor) -> Tensor:
+    """The state [B, H, K, V], or zeros, as that of the only segment."""
+    if state is not None:
+        return state.float().contiguous()[:, None]
+    batch, _, heads, value_size = v.shape
+    return v.new_zeros(batch, 1, heads, r.shape[-1], value_size, dtype=torch.float32)
+
+
+def segmented_rwkv7(
+    r: Tensor,
+    g: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float,
+    initial_state: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    scan: Scan = LOCAL,
+) -> tuple[Tensor, Tensor]:
+    """RWKV7's recurrence by the Triton kernels; its arguments are checked."""
+    r, g, k, v, a, b = (x.contiguous() for x in (r, g, k, v, a, b))
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    return SegmentedRWKV7.apply(r, g, k, v, a, b, initial_state, doc_ids, scale, scan)
 
 
 def rwkv7(
@@ -52,6 +147,12 @@ def rwkv7(
     for name, x in (("g", g), ("a", a), ("b", b)):
         check("rwkv7", name, x, tuple(r.shape), r)
     scale = 1.0 if scale is None else scale
+    checked = (r.dtype, r.shape[-1], v.shape[-1]) in CHECKED and a.dtype == b.dtype == r.dtype
+    if capability(r) == 90 and checked:
+        return segmented_rwkv7(
+            r, g, k, v, a, b,
+            scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+        )  # fmt: skip
     o, final_state = rwkv7_chunked(
         r, g, k, v, a, b,
         scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
