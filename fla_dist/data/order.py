@@ -20,7 +20,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,7 @@ def _feistel(value: np.ndarray, half: int, key: int) -> np.ndarray:
     return (left << shift) | right
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens [start, stop) of a unit's documents, shuffled by `key`."""
 
     source: int
