@@ -2,11 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.fold import on_gpu
+from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gsa.reference import gsa_chunked
-from fla_dist.kernels.state import LOCAL, Scan
+from fla_dist.kernels.gsa.settings import CHECKED, SHORTEST
+from fla_dist.kernels.gsa.steps import (
+    backward,
+    output,
+    softmax_gradient,
+    summarize,
+    summarize_gradient,
+)
+from fla_dist.kernels.state import LOCAL, Diagonal, Scan
+
+
+class SegmentedGSA(torch.autograd.Function):
+    """Summarize the segments, join keys and values of the slots at once, walk them; the backward
+    mirrors it. Saves the softmax' weights and arguments, and the states that enter segments."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
+        state, log_decay = summarize(k, v, g, doc_ids)
+        pending = scan.start(Diagonal(log_decay), state, initial_state)
+        entering, final = pending.wait()
+        o, *kept = output(q, k, v, g, doc_ids, entering, scale)
+        ctx.save_for_backward(q, k, v, g, doc_ids, *kept, entering, final)
+        ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    def backward(ctx: Any, do, final_gradient):
+        q, k, v, g, doc_ids, weights, inherited, key_products, value_scores, entering, final = (
+            ctx.saved_tensors
+        )
+        do = torch.zeros_like(v) if do is None else rows_contiguous(do)
+        gradients, exponents, sums, value_products, key_scores = softmax_gradient(
+            do, k, v, g, doc_ids, weights, inherited, entering
+        )
+        state_gradient = summarize_gradient(q, do, g, doc_ids, gradients, weights, ctx.scale)
+        leaving_gradient, initial_gradient = ctx.scan.start(
+            ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
+        ).wait()
+        of_inputs = backward(
+            q, k, v, do, g, doc_ids, weights, gradients, exponents, sums, key_products, key_scores,
+            value_products, value_scores, entering, final, leaving_gradient, ctx.scale,
+        )  # fmt: skip
+        return *of_inputs, initial_gradient if ctx.has_initial else None, None, None, None
 
 
 def gsa(
@@ -25,8 +74,6 @@ def gsa(
 
         K_t = diag(exp g_t) K_{t-1} + (1 - exp g_t)ᵀ k_t      V_t likewise of v_t
         o_t = softmax(scale · q_t K_tᵀ) V_t
-
-    Served by the chunked reference in plain PyTorch on every device.
 
     Args:
         q, k: [B, T, H, K], bf16 | fp16 | fp32 | fp64.      v: [B, T, H, V].
@@ -53,7 +100,12 @@ def gsa(
     check("gsa", "g", g, (batch, length, heads, slots), q)
     check("gsa", "initial_state", initial_state, (batch, heads, slots, width), q)
     scale = key_size**-0.5 if scale is None else scale
-    o, final_state = gsa_chunked(
-        q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
-    )
-    return o.to(v.dtype), final_state
+    checked = (q.dtype, slots, key_size, v.shape[-1]) in CHECKED and length >= SHORTEST
+    if capability(q) != 90 or not checked:
+        o, final_state = gsa_chunked(
+            q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
+        )
+        return o.to(v.dtype), final_state
+    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    return SegmentedGSA.apply(q, k, v, g, initial_state, doc_ids, scale, on_gpu(scan))
