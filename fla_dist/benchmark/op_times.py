@@ -129,7 +129,9 @@ def serve(name: str, shapes: tuple[Shape, ...]) -> None:
             firsts[shape.K, shape.V] = first_call_seconds(OPS[name], shape)
     print("ready", flush=True)
     for shape, _ in zip(shapes, sys.stdin, strict=False):
-        print(json.dumps(row(name, shape, firsts[shape.K, shape.V])), flush=True)
+        told = row(name, shape, firsts[shape.K, shape.V])
+        torch.cuda.empty_cache()
+        print(json.dumps(told), flush=True)
 
 
 @contextmanager
@@ -175,15 +177,16 @@ def benchmark(names: list[str], shapes: int, path: str, command: str) -> bool:
         for process in processes.values():
             assert process.stdout is not None
             process.stdout.readline()  # "ready"
-        for name, process in processes.items():
-            for shape in SHAPES[:shapes]:
+        for shape in SHAPES[:shapes]:
+            for name, process in list(processes.items()):
                 label = f"{name:18}{','.join(map(str, vars(shape).values())):24}"
                 try:
                     told = ask(process)
                 except RuntimeError as error:
                     print(f"{label} failed: {error}", flush=True)
                     fine = False
-                    break
+                    del processes[name]
+                    continue
                 shown = " ".join(f"{key} {value:.1e}" for key, value in told["errors"].items())
                 if "forward_ms" not in told:
                     print(f"{label} refused: {shown}", flush=True)
@@ -196,7 +199,6 @@ def benchmark(names: list[str], shapes: int, path: str, command: str) -> bool:
                 print(f"{told['first_call_seconds']:7.1f}  {shown}", flush=True)
                 with open(path, "w") as file:
                     json.dump({"environment": environment(command), "rows": rows}, file, indent=1)
-            process.kill()
     return fine
 
 

@@ -63,12 +63,12 @@ def test_right_rows_are_written_and_others_told(
     assert not op_times.benchmark(["gla", "retention", "hgrn"], 2, str(path), "the command")
     found = json.loads(path.read_text())
     assert found["environment"]["command"] == "the command"
-    assert [row["op"] for row in found["rows"]] == ["gla", "gla", "retention", "hgrn"]
+    assert [row["op"] for row in found["rows"]] == ["gla", "hgrn", "gla", "retention"]
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == [
         "gla", "1,32768,16,128,128", "1.000", "4.000", "1.000", "25", "512", "6.5", "o", "2.0e-03"
     ]  # fmt: skip
-    assert "refused: o 2.0e-03" in table[3] and "retention" in table[3]
+    assert "refused: o 2.0e-03" in table[2] and "retention" in table[2]
     assert "failed: it ended with exit code 3" in table[6] and "hgrn" in table[6]
 
 
