@@ -207,19 +207,18 @@ def key_gradient(
     chunk_sums, across = torch.empty_like(through), torch.empty_like(through)
     prepared, given = (q_in, k_in, k_out), (do, dv, residual)
     sizes = (length, heads, _segment(q, do), *strides(do))
-    for kernel, launch, arguments, options in (
-        (query_walk_kernel, chosen.query_walk, (entering, dq_in, dk_in, chunk_sums), {}),
+    for kernel, launch, arguments in (
+        (query_walk_kernel, chosen.query_walk, (entering, dq_in, dk_in, chunk_sums)),
         (
             key_walk_kernel, chosen.key_walk,
             (entering, final, leaving_gradient, chunk_sums, dk_out, across),
-            {"EXACT": precision(q) == "ieee"},
         ),
     ):  # fmt: skip
         block = min(padded(key_size, itemsize), launch.block)
         kernel[(triton.cdiv(key_size, block), entering.shape[1], batch * heads)](
             *prepared, *given, through, *arguments, *sizes,
-            BK=block, BV=padded(value_size, itemsize), STAGES=launch.stages, **options, **common,
-            **launch.options(),
+            BK=block, BV=padded(value_size, itemsize), PARTS=1 if itemsize == 4 else 2,
+            STAGES=launch.stages, **common, **launch.options(),
         )  # fmt: skip
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
     dbeta = _floats(q, batch, length, heads)
@@ -230,8 +229,8 @@ def key_gradient(
         dq, dk, dg, dbeta, length, heads, scale,
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
-        BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None, **common,
-        **launch.options(),
+        BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None,
+        PARTS=2 if q.dtype == torch.float16 else 1, **common, **launch.options(),
     )  # fmt: skip
     return dq, dk, dg, dbeta
 

@@ -58,6 +58,18 @@ from fla_dist.kernels.gla.triton_kernels import (
 
 
 @triton.jit
+def product_in_parts(b_x, b_y, b_sum, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sum + x y for an fp32 x: in two parts of y's type, so that x is hardly rounded, or in
+    one."""
+    b_part = b_x.to(b_y.dtype)
+    b_sum = tl.dot(b_part, b_y, b_sum, input_precision=PRECISION)
+    if PARTS == 2:
+        b_rest = (b_x - b_part.to(tl.float32)).to(b_y.dtype)
+        b_sum = tl.dot(b_rest, b_y, b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
 def prepare_kernel(
     q, k, g, beta, doc_ids, spans, q_in, k_in, k_out, through, scores, inverse,
     T, H, scale,
@@ -279,7 +291,7 @@ def query_walk_kernel(
     q_in, k_in, k_out, do, dv, residual, through, entering, dq_in, dk_in, chunk_sums,
     T, H, segment, do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q̂, S do, and of -K̂, S dv; and what both give the decay from the chunk's
     start, summed over the chunk [B, H, N, K].
@@ -317,9 +329,9 @@ def query_walk_kernel(
         b_written = tl.trans(load_tile(k_out, start, T, K, o_k, K, C))
         o_chunk = (start // C).to(tl.int64) * K + o_k
         b_through = tl.load(through + o_chunk, mask=o_k < K, other=0.0)
-        b_factor = b_state.to(b_do.dtype)
-        b_dq = tl.dot(b_factor, tl.trans(b_do), input_precision=PRECISION)
-        b_dk = tl.dot(b_factor, tl.trans(b_dv), input_precision=PRECISION)
+        b_dq, b_dk = tl.zeros([BK, C], dtype=tl.float32), tl.zeros([BK, C], dtype=tl.float32)
+        b_dq = product_in_parts(b_state, tl.trans(b_do), b_dq, PARTS, PRECISION)
+        b_dk = product_in_parts(b_state, tl.trans(b_dv), b_dk, PARTS, PRECISION)
         tl.store(chunk_sums + o_chunk, tl.sum(b_q * b_dq + b_held * b_dk, axis=1), mask=o_k < K)
         o_out = o_chunk[:, None] * C + o_c[None, :]
         mask = (o_k < K)[:, None] & (o_c < C)[None, :]
@@ -335,7 +347,7 @@ def key_walk_kernel(
     dk_out, across,
     T, H, segment, do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k̄, dS' r; and `across` [B, H, N, K], what pairs with one token before a chunk
     and one after it give the decays in it: <state, its gradient> at the chunk's end, less what the
@@ -381,9 +393,10 @@ def key_walk_kernel(
         o_chunk = (start // C).to(tl.int64) * K + o_k
         b_through = tl.load(through + o_chunk, mask=o_k < K, other=0.0)
         b_sums = tl.load(chunk_sums + o_chunk, mask=o_k < K, other=0.0)
-        b_dk = tl.dot(b_gradient.to(b_do.dtype), tl.trans(b_r), input_precision=PRECISION)
+        b_dk = tl.zeros([BK, C], dtype=tl.float32)
+        b_dk = product_in_parts(b_gradient, tl.trans(b_r), b_dk, PARTS, PRECISION)
         b_rest = b_carry - tl.sum(b_written * b_dk, axis=1)
-        b_across = tl.where(b_through > negligible(EXACT), b_rest, 0.0)
+        b_across = tl.where(b_through > negligible(PRECISION == "ieee"), b_rest, 0.0)
         tl.store(across + o_chunk, b_across, mask=o_k < K)
         b_carry = b_across + b_sums
         o_out = o_chunk[:, None] * C + o_c[None, :]
@@ -403,7 +416,7 @@ def pair_gradient_kernel(
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, PACKED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dg and dbeta of a chunk: what the walks gave them (`dq_in`, `dk_in`, `dk_out`,
     `across`), and the pairs inside.
@@ -450,8 +463,8 @@ def pair_gradient_kernel(
     b_self = tl.sum(b_self, axis=0)[None, :]
     b_query_pairs = tl.where(b_visible, b_query_pairs, 0.0)
     b_key_pairs = tl.where(b_visible, -b_key_pairs, 0.0)
-    b_query_pairs += tl.trans(b_query_pairs)
-    b_key_pairs += tl.trans(b_key_pairs)
+    b_query_pairs = (b_query_pairs + tl.trans(b_query_pairs)).to(do.dtype.element_ty)
+    b_key_pairs = (b_key_pairs + tl.trans(b_key_pairs)).to(do.dtype.element_ty)
 
     # Everything else is transposed, [K, C]: what one product returns enters the next as it is.
     o_pair = o_c[:, None] * C + o_c[None, :]
@@ -483,10 +496,9 @@ def pair_gradient_kernel(
         b_dw *= b_to_end
         b_before = tl.load(gradient_spans + LEVELS * C * C + o_pair)
         b_after = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
-        b_change = (b_q * b_dq + b_k * b_dk).to(b_before.dtype)
-        b_dg = tl.dot(b_change, b_before, input_precision="ieee")
-        b_change = (b_written * b_dw).to(b_after.dtype)
-        b_dg = tl.dot(b_change, b_after, b_dg, input_precision="ieee")
+        b_dg = tl.zeros([BK, C], dtype=tl.float32)
+        b_dg = product_in_parts(b_q * b_dq + b_k * b_dk, b_before, b_dg, PARTS, "ieee")
+        b_dg = product_in_parts(b_written * b_dw, b_after, b_dg, PARTS, "ieee")
         for level in tl.range(0, LEVELS, num_stages=1):
             b_span = tl.load(spans + level * C * C + o_transposed)
             b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
@@ -496,12 +508,12 @@ def pair_gradient_kernel(
             b_writer = b_written * b_earlier
             b_query, b_key = b_q * b_later + b_writer, b_k * b_later + b_writer
             b_pairs = level_pairs(o_c, level)
-            b_level = tl.where(b_pairs, b_query_pairs, 0.0).to(do.dtype.element_ty)
+            b_level = tl.where(b_pairs, b_query_pairs, 0.0)
             b_query_given = tl.dot(b_query.to(b_level.dtype), b_level, input_precision=PRECISION)
-            b_level = tl.where(b_pairs, b_key_pairs, 0.0).to(do.dtype.element_ty)
+            b_level = tl.where(b_pairs, b_key_pairs, 0.0)
             b_key_given = tl.dot(b_key.to(b_level.dtype), b_level, input_precision=PRECISION)
-            b_change = (b_query * b_query_given + b_key * b_key_given).to(b_gradient_span.dtype)
-            b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
+            b_change = b_query * b_query_given + b_key * b_key_given
+            b_dg = product_in_parts(b_change, b_gradient_span, b_dg, PARTS, "ieee")
             b_dq += b_query_given * b_later
             b_dk += b_key_given * b_later
             b_dw += (b_query_given + b_key_given) * b_earlier

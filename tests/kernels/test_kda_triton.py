@@ -50,7 +50,7 @@ def choose(monkeypatch, chunk: int, *, programs: int):
 
 
 @interpreted
-@pytest.mark.parametrize(("decay", "packed"), [("strong", False), ("mixed", True)])
+@pytest.mark.parametrize(("decay", "packed"), [("normal", False), ("mixed", True)])
 def test_interpreter_matches_reference(decay, packed, monkeypatch):
     """Two segments, the first of two chunks; the second is a part of a chunk."""
     choose(monkeypatch, 16, programs=2)
@@ -61,7 +61,7 @@ def test_interpreter_matches_reference(decay, packed, monkeypatch):
 @interpreted
 def test_larger_chunks_and_blocks_of_keys(monkeypatch):
     choose(monkeypatch, 32, programs=10**9)
-    found = found_errors((1, 40, 1, 24, 16), "normal", "parallel", packed=True)
+    found = found_errors((1, 40, 1, 24, 16), "strong", "parallel", packed=True)
     assert max(found.values()) < 1e-5, found
 
 
