@@ -13,26 +13,32 @@ from fla_dist.kernels.common.validation import check, check_attention, check_ran
 from fla_dist.kernels.gsa.reference import gsa_chunked
 from fla_dist.kernels.gsa.settings import CHECKED, SHORTEST
 from fla_dist.kernels.gsa.steps import (
-    backward,
+    decay_gradient,
     output,
+    prepare,
     softmax_gradient,
+    source_gradients,
     summarize,
-    summarize_gradient,
 )
 from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 
 class SegmentedGSA(torch.autograd.Function):
-    """Summarize the segments, join keys and values of the slots at once, walk them; the backward
-    mirrors it. Saves the softmax' weights and arguments, and the states that enter segments."""
+    """Prepare the chunks, summarize the segments, join keys and values of the slots at once, walk
+    them: q gathers of the keys, the softmax of that spreads the values. The backward mirrors it: do
+    gathers of the values, the softmax' gradient spreads the keys. Saves what the softmax took and
+    gave, the pairs', and the states that enter segments."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
-        state, log_decay = summarize(k, v, g, doc_ids)
+        decay_in, taken_out, chunk_decay, products, inside = prepare(q, k, g, doc_ids, scale)
+        state, log_decay = summarize(taken_out, taken_out, k, v, chunk_decay, False)
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
-        o, *kept = output(q, k, v, g, doc_ids, entering, scale)
-        ctx.save_for_backward(q, k, v, g, doc_ids, *kept, entering, final)
+        o, *softmax = output(
+            q, k, v, g, doc_ids, decay_in, taken_out, chunk_decay, inside, entering, scale
+        )
+        ctx.save_for_backward(q, k, v, g, doc_ids, products, *softmax, entering, final)
         ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
@@ -40,22 +46,33 @@ class SegmentedGSA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, g, doc_ids, weights, inherited, key_products, value_scores, entering, final = (
-            ctx.saved_tensors
-        )
+        (
+            q, k, v, g, doc_ids, key_products, weights, weights_in, inherited, scores, entering,
+            final,
+        ) = ctx.saved_tensors  # fmt: skip
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
-        gradients, exponents, sums, value_products, key_scores = softmax_gradient(
-            do, k, v, g, doc_ids, weights, inherited, entering
-        )
-        state_gradient = summarize_gradient(q, do, g, doc_ids, gradients, weights, ctx.scale)
+        decay_in, taken_out, chunk_decay, value_products, inside = prepare(do, v, g, doc_ids, 1.0)
+        gradients, gradients_in, exponents, sums = softmax_gradient(
+            do, k, v, decay_in, taken_out, chunk_decay, inside, entering, weights, inherited,
+            ctx.scale,
+        )  # fmt: skip
+        del decay_in, inside
+        state_gradient, _ = summarize(gradients_in, weights_in, q, do, chunk_decay, True)
         leaving_gradient, initial_gradient = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
         ).wait()
-        of_inputs = backward(
-            q, k, v, do, g, doc_ids, weights, gradients, exponents, sums, key_products, key_scores,
-            value_products, value_scores, entering, final, leaving_gradient, ctx.scale,
+        del state_gradient
+        dq, dk, dv, taken_gradient, carries = source_gradients(
+            q, k, v, do, g, doc_ids, taken_out, chunk_decay, weights_in, scores, gradients,
+            gradients_in, sums, entering, final, leaving_gradient, ctx.scale,
         )  # fmt: skip
-        return *of_inputs, initial_gradient if ctx.has_initial else None, None, None, None
+        del taken_out, gradients_in, leaving_gradient
+        dg = decay_gradient(
+            k, v, g, doc_ids, weights, gradients, exponents, taken_gradient, carries, key_products,
+            value_products,
+        )  # fmt: skip
+        initial_gradient = initial_gradient if ctx.has_initial else None
+        return dq, dk, dv, dg, initial_gradient, None, None, None
 
 
 def gsa(

@@ -22,8 +22,10 @@ class Settings:
     segment at most."""
 
     chunk: int
+    prepare: Launch
     summarize: Launch
     gather: Launch
+    scores: Launch
     spread: Launch
     source_gradient: Launch
     decay_gradient: Launch
@@ -43,6 +45,6 @@ def settings(
         return TUNED[capability, slots, key_size, value_size]
     if itemsize == 4:
         launch = Launch(32, 4, 1)
-        return Settings(16, launch, launch, launch, launch, launch)
-    walk = Launch(64, 4, 3)
-    return Settings(16, walk, walk, walk, walk, Launch(32, 1, 1))
+        return Settings(16, launch, launch, launch, launch, launch, launch, launch)
+    walk, pairs = Launch(128, 4, 3), Launch(32, 1, 1)
+    return Settings(16, Launch(64, 2, 1), walk, walk, pairs, walk, walk, pairs)

@@ -16,6 +16,8 @@ from fla_dist.kernels.gsa.settings import Settings, settings
 from fla_dist.kernels.gsa.triton_kernels import (
     decay_gradient_kernel,
     gather_kernel,
+    prepare_kernel,
+    score_kernel,
     source_gradient_kernel,
     spread_kernel,
     summarize_kernel,
@@ -23,134 +25,144 @@ from fla_dist.kernels.gsa.triton_kernels import (
 from fla_dist.kernels.state import RESET
 
 
-def _settings(k: Tensor, v: Tensor, g: Tensor) -> tuple[Settings, int]:
+def _settings(k: Tensor, v: Tensor, slots: int) -> tuple[Settings, int]:
     """The launch settings, and the tokens of a segment."""
-    sizes = g.shape[-1], k.shape[-1], v.shape[-1]
-    chosen = settings(launches.capability(k), *sizes, k.element_size())
+    chosen = settings(launches.capability(k), slots, k.shape[-1], v.shape[-1], k.element_size())
     batch, length, heads, _ = v.shape
     return chosen, segment_length(
         batch, length, heads, chosen.chunk, chosen.programs, chosen.longest
     )
 
 
-def _walk(chosen: Settings, launch: Launch, x: Tensor, g: Tensor, packed: bool) -> dict[str, Any]:
-    """What every kernel that walks the chunks is compiled with."""
+def _compiled(chosen: Settings, launch: Launch, x: Tensor, slots: int) -> dict[str, Any]:
+    """What every kernel is compiled with."""
     return {
-        "C": chosen.chunk, "LEVELS": chosen.chunk.bit_length() - 1,
-        "BM": padded(g.shape[-1], x.element_size()), "PACKED": packed, "PRECISION": precision(x),
+        "C": chosen.chunk, "BM": padded(slots, x.element_size()), "PRECISION": precision(x),
         **launch.options(),
     }  # fmt: skip
 
 
-def _summarize(
-    weights: tuple[Tensor, Tensor] | tuple[None, None],
-    sources: tuple[Tensor, Tensor],
-    g: Tensor,
-    doc_ids: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _walk(chosen: Settings, launch: Launch, x: Tensor, slots: int) -> dict[str, Any]:
+    """And those that walk the chunks."""
+    return {"STAGES": launch.stages, **_compiled(chosen, launch, x, slots)}
+
+
+def _levels(chosen: Settings) -> int:
+    return chosen.chunk.bit_length() - 1
+
+
+@step("fla_dist::gsa_prepare")
+def prepare(
+    a: Tensor, b: Tensor, g: Tensor, doc_ids: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """decay_in and taken_out [B, H, T, M], the chunks' log decays [B, H, N, M], the products of the
+    pairs [B, H, T, C], and what a gathers inside the chunk [B, H, T, M]."""
     batch, length, heads, slots = g.shape
-    chosen, segment = _settings(*sources, g)
-    count, width = -(-length // segment), sources[0].shape[-1] + sources[1].shape[-1]
-    state = g.new_empty(batch, count, heads, slots, width, dtype=torch.float32)
-    log_decay = g.new_empty(batch, count, heads, slots, 1, dtype=torch.float32)
-    spans = _spans(chosen.chunk, _span_types(sources[0].dtype)[0], g.device)
-    launch, offset = chosen.summarize, 0
-    for c, z, factor in zip(weights, sources, (scale, 1.0), strict=True):
-        size = z.shape[-1]
-        block = min(padded(size, z.element_size()), launch.block)
-        summarize_kernel[(triton.cdiv(size, block), count, batch * heads)](
-            c, z, g, doc_ids, spans, state, log_decay,
-            length, heads, slots, size, width, offset, segment, factor, *strides(z), *strides(g),
-            RESET=RESET, BX=block, REVERSE=c is not None,
-            **_walk(chosen, launch, z, g, doc_ids is not None),
-        )  # fmt: skip
-        offset += size
-    return state, log_decay
+    chosen, _ = _settings(a, b, slots)
+    launch, chunks = chosen.prepare, triton.cdiv(length, chosen.chunk)
+    decay_in, taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(3))
+    chunk_decay = a.new_empty(batch, heads, chunks, slots, dtype=torch.float32)
+    products = a.new_empty(batch, heads, length, chosen.chunk)
+    size = a.shape[-1]
+    prepare_kernel[(chunks, batch * heads)](
+        a, b, g, doc_ids, _spans(chosen.chunk, _span_types(a.dtype)[0], g.device),
+        decay_in, taken_out, chunk_decay, products, inside,
+        length, heads, slots, size, scale, *strides(a), *strides(b), *strides(g),
+        RESET=RESET, LEVELS=_levels(chosen), BX=min(padded(size, a.element_size()), launch.block),
+        PACKED=doc_ids is not None, **_compiled(chosen, launch, a, slots),
+    )  # fmt: skip
+    return decay_in, taken_out, chunk_decay, products, inside
+
+
+@prepare.register_fake
+def _(a, b, g, doc_ids, scale):
+    batch, length, heads, slots = g.shape
+    chunk = _settings(a, b, slots)[0].chunk
+    decay_in, taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(3))
+    decay = a.new_empty(batch, heads, -(-length // chunk), slots, dtype=torch.float32)
+    return decay_in, taken_out, decay, a.new_empty(batch, heads, length, chunk), inside
 
 
 @step("fla_dist::gsa_summarize")
-def summarize(k: Tensor, v: Tensor, g: Tensor, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What each segment adds to the state, [B, S, H, M, W], and its log decays, [B, S, H, M, 1]."""
-    return _summarize((None, None), (k, v), g, doc_ids, 1.0)
+def summarize(
+    y_keys: Tensor,
+    y_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chunk_decay: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """What each segment adds to the state, [B, S, H, M, W], and its log decays, [B, S, H, M, 1], of
+    taken_out twice, k, v; or in reverse, the log decays left unwritten, of both c_in, q, do."""
+    batch, heads, length, slots = y_keys.shape
+    chosen, segment = _settings(keys, values, slots)
+    count, width = -(-length // segment), keys.shape[-1] + values.shape[-1]
+    state = keys.new_empty(batch, count, heads, slots, width, dtype=torch.float32)
+    log_decay = keys.new_empty(batch, count, heads, slots, 1, dtype=torch.float32)
+    launch = chosen.summarize
+    for y, z, offset in ((y_keys, keys, 0), (y_values, values, keys.shape[-1])):
+        size = z.shape[-1]
+        block = min(padded(size, z.element_size()), launch.block)
+        summarize_kernel[(triton.cdiv(size, block), count, batch * heads)](
+            y, z, chunk_decay, state, log_decay,
+            length, heads, slots, size, width, offset, segment, *strides(z),
+            BX=block, REVERSE=reverse, **_walk(chosen, launch, z, slots),
+        )  # fmt: skip
+    return state, log_decay
 
 
 @summarize.register_fake
-def _(k, v, g, doc_ids):
-    batch, length, heads, slots = g.shape
-    shape = batch, -(-length // _settings(k, v, g)[1]), heads, slots
+def _(y_keys, y_values, keys, values, chunk_decay, reverse):
+    batch, heads, length, slots = y_keys.shape
+    shape = batch, -(-length // _settings(keys, values, slots)[1]), heads, slots
     return (
-        g.new_empty(*shape, k.shape[-1] + v.shape[-1], dtype=torch.float32),
-        g.new_empty(*shape, 1, dtype=torch.float32),
+        keys.new_empty(*shape, keys.shape[-1] + values.shape[-1], dtype=torch.float32),
+        keys.new_empty(*shape, 1, dtype=torch.float32),
     )
 
 
-@step("fla_dist::gsa_summarize_gradient")
-def summarize_gradient(
-    q: Tensor,
-    do: Tensor,
-    g: Tensor,
-    doc_ids: Tensor | None,
-    gradients: Tensor,
-    weights: Tensor,
-    scale: float,
-) -> Tensor:
-    """What each segment's tokens give the gradient of the state that enters it."""
-    return _summarize((gradients, weights), (q, do), g, doc_ids, scale)[0]
-
-
-@summarize_gradient.register_fake
-def _(q, do, g, doc_ids, gradients, weights, scale):
-    batch, length, heads, slots = g.shape
-    count, width = -(-length // _settings(q, do, g)[1]), q.shape[-1] + do.shape[-1]
-    return g.new_empty(batch, count, heads, slots, width, dtype=torch.float32)
-
-
-def _of_slots(x: Tensor, g: Tensor, *first: int) -> Tensor:
-    batch, length, heads, slots = g.shape
-    return x.new_empty(*first, batch, heads, length, slots)
-
-
-def _of_pairs(x: Tensor, g: Tensor, chunk: int) -> Tensor:
-    return x.new_empty(g.shape[0], g.shape[2], g.shape[1], chunk)
-
-
-def _of_chunks(g: Tensor, chunk: int) -> Tensor:
-    batch, length, heads, slots = g.shape
-    return g.new_empty(2, batch, heads, -(-length // chunk), slots, dtype=torch.float32)
-
-
 def _gather(
-    a: Tensor, b: Tensor, g: Tensor, doc_ids: Tensor | None, state: Tensor, offset: int,
-    weights: Tensor, inherited: Tensor, gradients: Tensor | None, exponents: Tensor | None,
-    sums: Tensor | None, chosen: Settings, segment: int, scale: float,
+    a: Tensor, b: Tensor, decay_in: Tensor, taken_out: Tensor, chunk_decay: Tensor, inside: Tensor,
+    state: Tensor, offset: int, weights: Tensor | None, inherited: Tensor,
+    exponents: Tensor | None, sums: Tensor | None, chosen: Settings, segment: int, scale: float,
+    out_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The products and the scores of the pairs."""
-    batch, length, heads, slots = g.shape
-    products, scores = _of_pairs(a, g, chosen.chunk), _of_pairs(a, g, chosen.chunk)
+    batch, heads, length, slots = inside.shape
+    out, out_in = torch.empty_like(inside), torch.empty_like(inside)
     gather_kernel[(state.shape[1], batch * heads)](
-        a, b, g, doc_ids, _spans(chosen.chunk, _span_types(a.dtype)[0], g.device), state,
-        weights, inherited, gradients, exponents, sums, products, scores,
-        length, heads, slots, a.shape[-1], state.shape[-1], offset, segment, scale,
-        *strides(a), *strides(b), *strides(g),
-        BX=padded(a.shape[-1], a.element_size()), BACKWARD=gradients is not None,
-        **_walk(chosen, chosen.gather, a, g, doc_ids is not None),
+        a, b, decay_in, taken_out, chunk_decay, inside, state, weights, inherited, out, out_in,
+        exponents, sums,
+        length, heads, slots, a.shape[-1], state.shape[-1], offset, segment, scale, out_scale,
+        *strides(a), *strides(b),
+        BX=padded(a.shape[-1], a.element_size()), BACKWARD=weights is not None,
+        **_walk(chosen, chosen.gather, a, slots),
     )  # fmt: skip
-    return products, scores
+    return out, out_in
+
+
+def _scores(c: Tensor, g: Tensor, doc_ids: Tensor | None, chosen: Settings) -> Tensor:
+    batch, heads, length, slots = c.shape
+    scores = c.new_empty(batch, heads, length, chosen.chunk)
+    score_kernel[(triton.cdiv(length, chosen.chunk), batch * heads)](
+        c, g, doc_ids, _spans(chosen.chunk, _span_types(c.dtype)[0], g.device), scores,
+        length, heads, slots, *strides(g),
+        LEVELS=_levels(chosen), PACKED=doc_ids is not None,
+        **_compiled(chosen, chosen.scores, c, slots),
+    )  # fmt: skip
+    return scores
 
 
 def _spread(
-    c: Tensor, z: Tensor, g: Tensor, doc_ids: Tensor | None, scores: Tensor, state: Tensor,
+    c_in: Tensor, z: Tensor, taken_out: Tensor, chunk_decay: Tensor, scores: Tensor, state: Tensor,
     offset: int, chosen: Settings, segment: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    batch, length, heads, slots = g.shape
+    batch, heads, length, slots = c_in.shape
     size, launch, out = z.shape[-1], chosen.spread, z.new_empty(z.shape)
     block = min(padded(size, z.element_size()), launch.block)
     spread_kernel[(triton.cdiv(size, block), state.shape[1], batch * heads)](
-        c, z, g, doc_ids, _spans(chosen.chunk, _span_types(z.dtype)[0], g.device), scores, state,
-        out, length, heads, slots, size, state.shape[-1], offset, segment, scale,
-        *strides(z), *strides(g),
-        BX=block, **_walk(chosen, launch, z, g, doc_ids is not None),
+        c_in, z, taken_out, chunk_decay, scores, state, out,
+        length, heads, slots, size, state.shape[-1], offset, segment, scale, *strides(z),
+        BX=block, **_walk(chosen, launch, z, slots),
     )  # fmt: skip
     return out
 
@@ -162,26 +174,34 @@ def output(
     v: Tensor,
     g: Tensor,
     doc_ids: Tensor | None,
+    decay_in: Tensor,
+    taken_out: Tensor,
+    chunk_decay: Tensor,
+    inside: Tensor,
     entering: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o [B, T, H, V] from the states that enter the segments; the softmax' weights and the part of
-    its arguments that came with the state, both [B, H, T, M]; products and scores of the pairs,
-    [B, H, T, C]."""
-    chosen, segment = _settings(k, v, g)
-    weights, inherited = _of_slots(q, g), _of_slots(q, g)
-    products, scores = _gather(
-        q, k, g, doc_ids, entering, 0, weights, inherited, None, None, None, chosen, segment, scale
+    """o [B, T, H, V] from the states that enter the segments; the softmax' weights, these times
+    decay_in, and the part of its arguments that came with the state, all [B, H, T, M]; the scores
+    of the pairs, [B, H, T, C]."""
+    chosen, segment = _settings(k, v, g.shape[-1])
+    inherited = torch.empty_like(inside)
+    weights, weights_in = _gather(
+        q, k, decay_in, taken_out, chunk_decay, inside, entering, 0, None, inherited, None, None,
+        chosen, segment, scale, 1.0,
+    )  # fmt: skip
+    scores = _scores(weights, g, doc_ids, chosen)
+    o = _spread(
+        weights_in, v, taken_out, chunk_decay, scores, entering, k.shape[-1], chosen, segment, 1.0
     )
-    o = _spread(weights, v, g, doc_ids, scores, entering, k.shape[-1], chosen, segment, 1.0)
-    return o, weights, inherited, products, scores
+    return o, weights, weights_in, inherited, scores
 
 
 @output.register_fake
-def _(q, k, v, g, doc_ids, entering, scale):
-    chunk = _settings(k, v, g)[0].chunk
-    slots, pairs = (_of_slots(q, g) for _ in range(2)), (_of_pairs(q, g, chunk) for _ in range(2))
-    return v.new_empty(v.shape), *slots, *pairs
+def _(q, k, v, g, doc_ids, decay_in, taken_out, chunk_decay, inside, entering, scale):
+    chunk = _settings(k, v, g.shape[-1])[0].chunk
+    of_slots = (torch.empty_like(inside) for _ in range(3))
+    return v.new_empty(v.shape), *of_slots, inside.new_empty(*inside.shape[:3], chunk)
 
 
 @step("fla_dist::gsa_softmax_gradient")
@@ -189,91 +209,120 @@ def softmax_gradient(
     do: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
-    doc_ids: Tensor | None,
+    decay_in: Tensor,
+    taken_out: Tensor,
+    chunk_decay: Tensor,
+    inside: Tensor,
+    entering: Tensor,
     weights: Tensor,
     inherited: Tensor,
-    entering: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the softmax' arguments and of the exponents G_t, both [B, H, T, M], the
-    latter's sums over chunks of keys and of values, [2, B, H, N, M]; products and scores of the
-    pairs."""
-    chosen, segment = _settings(k, v, g)
-    gradients, exponents = _of_slots(do, g), _of_slots(do, g)
-    sums = _of_chunks(g, chosen.chunk)
-    pairs = _gather(
-        do, v, g, doc_ids, entering, k.shape[-1], weights, inherited, gradients, exponents, sums,
-        chosen, segment, 1.0,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the softmax' arguments, these times scale · decay_in, and the gradients of
+    the exponents G_t, all [B, H, T, M]; the latter's sums over chunks, of keys and of values,
+    [2, B, H, N, M]."""
+    chosen, segment = _settings(k, v, inside.shape[-1])
+    exponents, sums = torch.empty_like(inside), chunk_decay.new_empty(2, *chunk_decay.shape)
+    gradients, gradients_in = _gather(
+        do, v, decay_in, taken_out, chunk_decay, inside, entering, k.shape[-1], weights, inherited,
+        exponents, sums, chosen, segment, 1.0, scale,
     )  # fmt: skip
-    return gradients, exponents, sums, *pairs
+    return gradients, gradients_in, exponents, sums
 
 
 @softmax_gradient.register_fake
-def _(do, k, v, g, doc_ids, weights, inherited, entering):
-    chunk = _settings(k, v, g)[0].chunk
-    slots, pairs = (_of_slots(v, g) for _ in range(2)), (_of_pairs(v, g, chunk) for _ in range(2))
-    return *slots, _of_chunks(g, chunk), *pairs
+def _(do, k, v, decay_in, taken_out, chunk_decay, inside, entering, weights, inherited, scale):
+    of_slots = (torch.empty_like(inside) for _ in range(3))
+    return *of_slots, chunk_decay.new_empty(2, *chunk_decay.shape)
 
 
-@step("fla_dist::gsa_backward")
-def backward(
+@step("fla_dist::gsa_source_gradients")
+def source_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     do: Tensor,
     g: Tensor,
     doc_ids: Tensor | None,
-    weights: Tensor,
+    taken_out: Tensor,
+    chunk_decay: Tensor,
+    weights_in: Tensor,
+    scores: Tensor,
     gradients: Tensor,
-    exponents: Tensor,
+    gradients_in: Tensor,
     sums: Tensor,
-    key_products: Tensor,
-    key_scores: Tensor,
-    value_products: Tensor,
-    value_scores: Tensor,
     entering: Tensor,
     final: Tensor,
     leaving_gradient: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg from the states that enter the segments and the gradients of those that leave
-    them. `key_scores` are those with which keys were spread to dq: of the gradients."""
-    batch, length, heads, slots = g.shape
-    chosen, segment = _settings(k, v, g)
-    span_type, gradient_type = _span_types(q.dtype)
-    spans = _spans(chosen.chunk, span_type, g.device)
-    dq = _spread(gradients, k, g, doc_ids, key_scores, entering, 0, chosen, segment, scale)
-    dk, dv, dg = k.new_empty(k.shape), v.new_empty(v.shape), g.new_empty(g.shape)
-    taken_gradient, carries = _of_slots(q, g, 2), torch.empty_like(sums)
-    for side, (a, c, z, scores, dz, factor) in enumerate(
-        (
-            (q, gradients, k, key_scores, dk, scale),
-            (do, weights, v, value_scores, dv, 1.0),
-        )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv from the states that enter the segments and the gradients of those that leave
+    them; and for dg the gradient of taken_out [B, H, T, M] and the carries over whole chunks, of
+    keys and of values, [2, B, H, N, M]."""
+    batch, heads, length, slots = taken_out.shape
+    chosen, segment = _settings(k, v, slots)
+    key_scores = _scores(gradients, g, doc_ids, chosen)
+    dq = _spread(
+        gradients_in, k, taken_out, chunk_decay, key_scores, entering, 0, chosen, segment, scale
+    )
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    taken_gradient, carries = torch.empty_like(taken_out), torch.empty_like(sums)
+    for side, (a, c_in, z, of_pairs, dz, factor) in enumerate(
+        ((q, gradients_in, k, key_scores, dk, scale), (do, weights_in, v, scores, dv, 1.0))
     ):
         source_gradient_kernel[(entering.shape[1], batch * heads)](
-            a, c, z, g, doc_ids, spans, scores, leaving_gradient, entering, final, sums[side], dz,
-            taken_gradient[side], carries[side],
+            a, c_in, z, taken_out, chunk_decay, of_pairs, leaving_gradient, entering, final,
+            sums[side], dz, taken_gradient, carries[side],
             length, heads, slots, z.shape[-1], entering.shape[-1], side * k.shape[-1], segment,
-            factor, *strides(a), *strides(z), *strides(g),
-            BX=padded(z.shape[-1], z.element_size()),
-            **_walk(chosen, chosen.source_gradient, z, g, doc_ids is not None),
+            factor, *strides(a), *strides(z),
+            BX=padded(z.shape[-1], z.element_size()), ADD=side == 1,
+            **_walk(chosen, chosen.source_gradient, z, slots),
         )  # fmt: skip
-    launch = chosen.decay_gradient
-    block = min(padded(slots, q.element_size()), launch.block)
-    decay_gradient_kernel[(carries.shape[3], triton.cdiv(slots, block), batch * heads)](
-        g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,
-        spans, _spans(chosen.chunk, gradient_type, g.device), dg,
-        length, heads, slots, *strides(g),
-        C=chosen.chunk, LEVELS=chosen.chunk.bit_length() - 1, BM=block, PRECISION=precision(q),
-        **launch.options(),
-    )  # fmt: skip
-    return dq, dk, dv, dg
+    return dq, dk, dv, taken_gradient, carries
 
 
-@backward.register_fake
+@source_gradients.register_fake
 def _(
-    q, k, v, do, g, doc_ids, weights, gradients, exponents, sums, key_products, key_scores,
-    value_products, value_scores, entering, final, leaving_gradient, scale,
+    q, k, v, do, g, doc_ids, taken_out, chunk_decay, weights_in, scores, gradients, gradients_in,
+    sums, entering, final, leaving_gradient, scale,
 ):  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+    rows = (x.new_empty(x.shape) for x in (q, k, v))
+    return *rows, torch.empty_like(taken_out), torch.empty_like(sums)
+
+
+@step("fla_dist::gsa_decay_gradient")
+def decay_gradient(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    doc_ids: Tensor | None,
+    weights: Tensor,
+    gradients: Tensor,
+    exponents: Tensor,
+    taken_gradient: Tensor,
+    carries: Tensor,
+    key_products: Tensor,
+    value_products: Tensor,
+) -> Tensor:
+    """dg [B, T, H, M]."""
+    batch, length, heads, slots = g.shape
+    chosen, _ = _settings(k, v, slots)
+    launch, dg = chosen.decay_gradient, g.new_empty(g.shape)
+    spans, gradient_spans = (_spans(chosen.chunk, kind, g.device) for kind in _span_types(k.dtype))
+    compiled = _compiled(chosen, launch, k, slots)
+    compiled["BM"] = min(compiled["BM"], launch.block)
+    decay_gradient_kernel[(carries.shape[3], triton.cdiv(slots, compiled["BM"]), batch * heads)](
+        g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,
+        doc_ids, spans, gradient_spans, dg,
+        length, heads, slots, *strides(g),
+        LEVELS=_levels(chosen), PACKED=doc_ids is not None, **compiled,
+    )  # fmt: skip
+    return dg
+
+
+@decay_gradient.register_fake
+def _(
+    k, v, g, doc_ids, weights, gradients, exponents, taken_gradient, carries, key_products,
+    value_products,
+):  # fmt: skip
+    return g.new_empty(g.shape)
