@@ -5,6 +5,7 @@
     hub.py          datasets of the Hugging Face hub
     documents.py    the documents of one unit
     tokenizer.py    a tokenizer.json, loaded or trained here
+    words.py        encoding word by word
     shard.py        one unit's tokens on disk: format, checksums
     cache.py        which unit is in which shard
     lease.py        a file that one process holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from fla_dist.data.lease import hold
 from fla_dist.data.order import make_key, permute
 from fla_dist.data.shard import write_atomically
 from fla_dist.data.sources import Source, resolve_sources
+from fla_dist.data.words import WordEncoder, encodes_words
 
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
@@ -68,21 +70,35 @@ class Tokenizer:
                 f"{vocab_size}"
             )
 
+    @functools.cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder(self.backend, self.dtype) if encodes_words(self.backend) else None
+
     def encode_documents(self, documents: Sequence[str]) -> list[np.ndarray]:
         """Each document's ids, its end included, in this tokenizer's dtype."""
         encoded: list[np.ndarray] = []
         end = np.array([] if self.end_of_document is None else [self.end_of_document], self.dtype)
         open_parts: list[np.ndarray] = []
         for batch in _batches(self._parts(documents)):
-            texts = [text for text, _ in batch]
-            results = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-            for (_, is_last), result in zip(batch, results, strict=True):
-                ids = result.ids
-                open_parts.append(np.fromiter(ids, self.dtype, len(ids)))
+            results = self._encode_parts([text for text, _ in batch])
+            for (_, is_last), ids in zip(batch, results, strict=True):
+                open_parts.append(ids)
                 if is_last:
                     encoded.append(np.concatenate([*open_parts, end]))
                     open_parts = []
         return encoded
+
+    def _encode_parts(self, texts: list[str]) -> list[np.ndarray]:
+        words = self._words
+        encoded = [None if words is None else words.encode(text) for text in texts]
+        others = [text for text, ids in zip(texts, encoded, strict=True) if ids is None]
+        results = iter(self.backend.encode_batch_fast(others, add_special_tokens=False))
+        return [
+            np.array(next(results).ids, self.dtype)
+            if ids is None
+            else np.frombuffer(ids, self.dtype)
+            for ids in encoded
+        ]
 
     def _parts(self, documents: Sequence[str]) -> Iterator[tuple[str, bool]]:
         """(text, whether it is its document's last part)."""
