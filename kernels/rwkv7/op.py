@@ -11,7 +11,7 @@ from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked
-from fla_dist.kernels.rwkv7.settings import CHECKED
+from fla_dist.kernels.rwkv7.settings import CHECKED, SHORTEST
 from fla_dist.kernels.rwkv7.steps import (
     key_gradient,
     prepare,
@@ -84,6 +84,12 @@ def _one_segment(state: Tensor | None, r: Tensor, v: Tensor) -> Tensor:
     return v.new_zeros(batch, 1, heads, r.shape[-1], value_size, dtype=torch.float32)
 
 
+def _has_kernels(r: Tensor, v: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the kernels serve these arguments; the reference serves the others."""
+    checked = (r.dtype, r.shape[-1], v.shape[-1]) in CHECKED and r.shape[1] >= SHORTEST
+    return capability(r) == 90 and checked and a.dtype == b.dtype == r.dtype
+
+
 def segmented_rwkv7(
     r: Tensor,
     g: Tensor,
@@ -147,8 +153,7 @@ def rwkv7(
     for name, x in (("g", g), ("a", a), ("b", b)):
         check("rwkv7", name, x, tuple(r.shape), r)
     scale = 1.0 if scale is None else scale
-    checked = (r.dtype, r.shape[-1], v.shape[-1]) in CHECKED and a.dtype == b.dtype == r.dtype
-    if capability(r) == 90 and checked:
+    if _has_kernels(r, v, a, b):
         return segmented_rwkv7(
             r, g, k, v, a, b,
             scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

@@ -1,4 +1,4 @@
-"""Launch settings of RWKV7's kernels, keyed by (compute capability, K, V) for 16-bit inputs."""
+"""Launch settings of RWKV7's kernels, keyed by (compute capability, K, V) for bf16 inputs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED: set[tuple[torch.dtype, int, int]] = set()
+CHECKED = {
+    *((torch.bfloat16, *sizes) for sizes in ((64, 64), (64, 128), (128, 128))),
+    *((dtype, size, size) for dtype in (torch.float16, torch.float32) for size in (64, 128)),
+}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
+SHORTEST = 16
+"""Tokens below which the reference serves: in a chunk that nothing enters, the gradient of the
+first decay is 0, and the kernels would give what rounding leaves of a difference."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,19 @@ class Settings:
     programs: int = 128
 
 
-TUNED: dict[tuple[int, int, int], Settings] = {}
+_CHUNK, _WALK = Launch(16, 1, 2), Launch(64, 4, 4)
+TUNED: dict[tuple[int, int, int], Settings] = {
+    (90, 128, 128): Settings(16, 512, _CHUNK, _WALK, _WALK, _WALK, _CHUNK),
+}
 
 
-def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
+def settings(capability: int, key_size: int, value_size: int, dtype: torch.dtype) -> Settings:
     """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
-    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
+    if dtype == torch.bfloat16 and (capability, key_size, value_size) in TUNED:
         return TUNED[capability, key_size, value_size]
-    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
-    if itemsize == 4:
-        launch = Launch(16, 4, 1)
+    wide = max(padded(size, dtype.itemsize) for size in (key_size, value_size))
+    if dtype == torch.float32:
+        launch = Launch(16, 8, 1)
         return Settings(16, 512, launch, launch, launch, launch, launch)
-    chunk = Launch(16, 1, 1)
     walk = Launch(64, 4, 3) if wide <= 128 else Launch(64, 8, 1)
-    return Settings(16, 512, chunk, walk, walk, walk, chunk)
+    return Settings(16, 512, _CHUNK, walk, walk, walk, _CHUNK)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
-from fla_dist.kernels.common.launch import Launch, padded, precision, step
+from fla_dist.kernels.common.launch import padded, precision, step
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.rwkv7.settings import Settings, settings
 from fla_dist.kernels.rwkv7.triton_kernels import (
@@ -23,7 +22,7 @@ from fla_dist.kernels.rwkv7.triton_kernels import (
 
 def _settings(r: Tensor, v: Tensor) -> Settings:
     """Of r and v, or of what has their last axes."""
-    return settings(launches.capability(r), r.shape[-1], v.shape[-1], r.element_size())
+    return settings(launches.capability(r), r.shape[-1], v.shape[-1], r.dtype)
 
 
 def _segment(chosen: Settings, v: Tensor) -> int:
@@ -38,26 +37,23 @@ def segments(r: Tensor, v: Tensor) -> int:
 
 @lru_cache
 def _spans(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[levels + 2, C, C] of zeros and ones: row t marks the tokens u whose decays lie between t and
-    its border of the level, t left out; and of the last two, those before t and those after it."""
+    """[levels + 3, C, C] of zeros and ones: row t marks the tokens u whose decays lie between t and
+    its border of the level, t left out; and of the last three, those before t, those after it, and
+    t itself."""
     place = torch.arange(chunk, device=device)
     t, u = place[:, None], place[None, :]
     spans = []
     for level in range(chunk.bit_length() - 1):
         later = (t >> level) % 2 == 1
         spans.append((t >> level == u >> level) & torch.where(later, u < t, u > t))
-    return torch.stack([*spans, u < t, u > t]).to(dtype)
+    return torch.stack([*spans, u < t, u > t, u == t]).to(dtype)
 
 
 def _span_types(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """Of the spans that sum exponents, and of those that sum their gradients."""
     if dtype == torch.float32:
         return torch.float32, torch.float32
-    return torch.float16, torch.bfloat16
-
-
-def _options(launch: Launch) -> dict[str, Any]:
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+    return torch.float16, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -84,8 +80,8 @@ def prepare(
         length, heads, scale,
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size,
         BK=min(padded(key_size, r.element_size()), launch.block), PACKED=doc_ids is not None,
-        PRECISION=precision(r), SOLVE="ieee" if r.dtype == torch.float32 else "tf32x3",
-        **_options(launch),
+        STAGES=launch.stages, PRECISION=precision(r),
+        SOLVE="ieee" if r.dtype == torch.float32 else "tf32x3", **launch.options(),
     )  # fmt: skip
     return reads, writes, pairs, through
 
@@ -121,7 +117,7 @@ def _value_walk(
         length, heads, segment, segment if states is None else chosen.stretch,
         C=chosen.chunk, K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
         REVERSE=reverse, SUMMARIZE=states is None, STAGES=launch.stages, PRECISION=precision(z),
-        **_options(launch),
+        **launch.options(),
     )  # fmt: skip
 
 
@@ -225,7 +221,7 @@ def key_gradient(
             states, final, across,
             length, heads, chosen.stretch,
             C=chosen.chunk, K=key_size, V=value_size, BK=block, BV=padded(value_size, itemsize),
-            REVERSE=reverse, STAGES=launch.stages, PRECISION=precision(r), **_options(launch),
+            REVERSE=reverse, STAGES=launch.stages, PRECISION=precision(r), **launch.options(),
         )  # fmt: skip
     chunk, launch = chosen.chunk, chosen.pair_gradient
     spans, gradient_spans = (_spans(chunk, dtype, r.device) for dtype in _span_types(r.dtype))
@@ -234,8 +230,10 @@ def key_gradient(
         dr, dk, da, db, dg,
         length, heads, scale,
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size, V=value_size,
-        BK=min(padded(key_size, itemsize), launch.block), BV=min(padded(value_size, itemsize), 64),
-        PACKED=doc_ids is not None, PRECISION=precision(r), **_options(launch),
+        BK=min(padded(key_size, itemsize), launch.block),
+        BV=min(padded(value_size, itemsize), 128 // itemsize),
+        PACKED=doc_ids is not None, STAGES=launch.stages, PRECISION=precision(r),
+        **launch.options(),
     )  # fmt: skip
     return dr, dk, da, db, dg
 

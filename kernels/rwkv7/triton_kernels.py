@@ -71,12 +71,21 @@ def load_pairs(pairs, KIND: tl.constexpr, rows, start, T, C: tl.constexpr):
     return tl.load(p_pair, mask=(o_c < T - start)[:, None], other=0.0)
 
 
+@triton.jit
+def load_spans(spans, o_pair, COUNT: tl.constexpr, C: tl.constexpr):
+    """The first COUNT of the [C, C] spans, so that a loop that takes them need not load them."""
+    b_spans = ()
+    for i in tl.static_range(COUNT):
+        b_spans = b_spans + (tl.load(spans + i * C * C + o_pair),)  # type: ignore[assignment]
+    return b_spans
+
+
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     r, k, a, b, g, doc_ids, spans, reads, writes, pairs, through,
     T, H, scale,
     C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    PACKED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
 ):  # fmt: skip
     """`reads` and `writes`, zero where a document keeps the token from the chunk's start or its
     end; `pairs`, zero between documents; `through`, zero where a document starts.
@@ -97,9 +106,10 @@ def prepare_kernel(
     o_pair = o_c[:, None] * C + o_c[None, :]
     same = o_c[:, None] == o_c[None, :]
 
+    b_spans = load_spans(spans, o_pair, LEVELS + 3, C)
     b_rk, b_rb = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     b_ak, b_ab = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
         mask = mask_c[:, None] & (o_k < K)[None, :]
         o_tile = o_in + (o_c[:, None] * (H * K) + o_k[None, :])
@@ -110,16 +120,14 @@ def prepare_kernel(
         b_b = tl.load(b + o_tile, mask=mask, other=0.0)
         b_g = tl.load(g + o_tile, mask=mask, other=0.0)
         b_summands = summands(b_g, PRECISION == "ieee")
-        b_product = tl.dot(b_r, tl.trans(b_k), input_precision=PRECISION)
-        b_rk += tl.where(same, b_product, 0.0)
-        b_product = tl.dot(b_r, tl.trans(b_b), input_precision=PRECISION)
-        b_rb += tl.where(same, b_product, 0.0)
+        b_product = tl.dot(b_r, tl.trans(b_k), b_rk, input_precision=PRECISION)
+        b_rk = tl.where(same, b_product, b_rk)
+        b_product = tl.dot(b_r, tl.trans(b_b), b_rb, input_precision=PRECISION)
+        b_rb = tl.where(same, b_product, b_rb)
 
-        b_own = b_r * tl.exp2(b_g.to(tl.float32) * LOG2_E)
-        b_span = tl.load(spans + LEVELS * C * C + o_pair)
-        b_in = b_own * tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee")) * scale
-        b_span = tl.load(spans + (LEVELS + 1) * C * C + o_pair)
-        b_after = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
+        b_own = b_r * tl.exp2(tl.dot(b_spans[LEVELS + 2], b_summands, input_precision="ieee"))
+        b_in = b_own * tl.exp2(tl.dot(b_spans[LEVELS], b_summands, input_precision="ieee")) * scale
+        b_after = tl.exp2(tl.dot(b_spans[LEVELS + 1], b_summands, input_precision="ieee"))
         b_through = tl.exp2(tl.sum(b_g.to(tl.float32), axis=0) * LOG2_E)
         if PACKED:
             b_in = tl.where(b_continues[:, None], b_in, 0.0)
@@ -134,18 +142,17 @@ def prepare_kernel(
             later, between = is_later(o_c, level)[:, None], level_pairs(o_c, level)
             b_first, b_second = tl.where(later, b_own, b_k), tl.where(later, b_a, b_b)
             if level > 0:
-                b_span = tl.load(spans + level * C * C + o_pair)
-                b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
+                b_decay = tl.exp2(tl.dot(b_spans[level], b_summands, input_precision="ieee"))
                 b_first, b_second = b_first * b_decay, b_second * b_decay
             b_first, b_second = b_first.to(b_k.dtype), b_second.to(b_k.dtype)
-            b_product = tl.dot(b_first, tl.trans(b_first), input_precision=PRECISION)
-            b_rk += tl.where(between, b_product, 0.0)
-            b_product = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION)
-            b_rb += tl.where(between, b_product, 0.0)
-            b_product = tl.dot(b_second, tl.trans(b_first), input_precision=PRECISION)
-            b_ak += tl.where(between, b_product, 0.0)
-            b_product = tl.dot(b_second, tl.trans(b_second), input_precision=PRECISION)
-            b_ab += tl.where(between, b_product, 0.0)
+            b_product = tl.dot(b_first, tl.trans(b_first), b_rk, input_precision=PRECISION)
+            b_rk = tl.where(between, b_product, b_rk)
+            b_product = tl.dot(b_first, tl.trans(b_second), b_rb, input_precision=PRECISION)
+            b_rb = tl.where(between, b_product, b_rb)
+            b_product = tl.dot(b_second, tl.trans(b_first), b_ak, input_precision=PRECISION)
+            b_ak = tl.where(between, b_product, b_ak)
+            b_product = tl.dot(b_second, tl.trans(b_second), b_ab, input_precision=PRECISION)
+            b_ab = tl.where(between, b_product, b_ab)
 
     visible, earlier = o_c[:, None] >= o_c[None, :], o_c[:, None] > o_c[None, :]
     if PACKED:
@@ -170,15 +177,14 @@ def prepare_kernel(
     tl.store(pairs + SOLVED_SCORES * plane * C, b_rb.to(dtype), mask=mask_c[:, None])
     tl.store(pairs + INVERSE * plane * C, b_inverse, mask=mask_c[:, None])
 
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
         mask = mask_c[:, None] & (o_k < K)[None, :]
         o_tile = o_in + (o_c[:, None] * (H * K) + o_k[None, :])
         b_a = tl.load(a + o_tile, mask=mask, other=0.0)
         b_g = tl.load(g + o_tile, mask=mask, other=0.0)
-        b_span = tl.load(spans + LEVELS * C * C + o_pair)
         b_summands = summands(b_g, PRECISION == "ieee")
-        b_in = b_a * tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
+        b_in = b_a * tl.exp2(tl.dot(b_spans[LEVELS], b_summands, input_precision="ieee"))
         if PACKED:
             b_in = tl.where(b_continues[:, None], b_in, 0.0)
         b_in = tl.dot(b_inverse, b_in.to(dtype), b_in, input_precision=PRECISION)
@@ -345,7 +351,9 @@ def key_walk_kernel(
         b_factor = b_state.to(b_u.dtype)
         b_first = tl.dot(b_factor, b_u, input_precision=PRECISION)
         b_second = tl.dot(b_factor, b_v, input_precision=PRECISION)
-        b_sums = tl.sum(b_own_u * b_first + b_own_v * b_second, axis=1)
+        b_change = tl.dot(b_own_u, tl.trans(b_u), input_precision=PRECISION)
+        b_change = tl.dot(b_own_v, tl.trans(b_v), b_change, input_precision=PRECISION)
+        b_sums = tl.sum(b_state * b_change, axis=1)  # of states that are not rounded: it cancels
         o_out = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
         mask = (o_c < T - start)[None, :] & (o_k < K)[:, None]
         tl.store(first_out + o_out, b_first.to(first_out.dtype.element_ty), mask=mask)
@@ -367,7 +375,7 @@ def pair_gradient_kernel(
     dr, dk, da, db, dg,
     T, H, scale,
     C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dr, dk, da and db, which hold dr̄, dk̄, dW and db̄, from these and from the chunk's pairs; then
     dg.
@@ -390,8 +398,7 @@ def pair_gradient_kernel(
     pairs += row.to(tl.int64) * T * C
     b_inverse = load_pairs(pairs, INVERSE, tl.num_programs(1), start, T, C)
 
-    # Gradients of the pairs: all of r and k, of a and b mirrored at the diagonal, so that a row
-    # holds what a token gets as the later of the two and as the earlier.
+    # The gradient of each pair, in the row of its later token and, mirrored, of its earlier one.
     b_rk, b_kr = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     b_rb, b_br = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     b_ak, b_ka = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
@@ -428,7 +435,9 @@ def pair_gradient_kernel(
     # Everything else is transposed, [K, C]: what one product returns enters the next as it is.
     o_pair = o_c[:, None] * C + o_c[None, :]
     o_transposed = o_c[None, :] * C + o_c[:, None]
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    b_spans = load_spans(spans, o_transposed, LEVELS + 3, C)
+    b_gradient_spans = load_spans(gradient_spans, o_pair, LEVELS + 2, C)
+    for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
         mask = (o_k < K)[:, None] & mask_c[None, :]
         o_tile = o_keys + (o_k[:, None] + o_c[None, :] * (H * K))
@@ -448,31 +457,26 @@ def pair_gradient_kernel(
             b_dk = tl.where(b_last[None, :], b_dk, 0.0)
             b_db = tl.where(b_last[None, :], b_db, 0.0)
         b_summands = summands(b_g, PRECISION == "ieee")
-        b_decay = tl.exp2(b_g.to(tl.float32) * LOG2_E)
+        b_decay = tl.exp2(tl.dot(b_summands, b_spans[LEVELS + 2], input_precision="ieee"))
         b_own = b_r * b_decay
 
-        b_span = tl.load(spans + LEVELS * C * C + o_transposed)
-        b_before = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
-        b_span = tl.load(spans + (LEVELS + 1) * C * C + o_transposed)
-        b_after = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
+        b_before = tl.exp2(tl.dot(b_summands, b_spans[LEVELS], input_precision="ieee"))
+        b_after = tl.exp2(tl.dot(b_summands, b_spans[LEVELS + 1], input_precision="ieee"))
         b_dr *= b_before * scale
         b_da *= b_before
         b_dk *= b_after
         b_db *= b_after
-        b_gradient_span = tl.load(gradient_spans + LEVELS * C * C + o_pair)
-        b_change = (b_own * b_dr + b_a * b_da).to(b_gradient_span.dtype)
-        b_dg = tl.dot(b_change, b_gradient_span, input_precision="ieee")
-        b_gradient_span = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
-        b_change = (b_k * b_dk + b_b * b_db).to(b_gradient_span.dtype)
-        b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
+        b_change = (b_own * b_dr + b_a * b_da).to(gradient_spans.dtype.element_ty)
+        b_dg = tl.dot(b_change, b_gradient_spans[LEVELS], input_precision=PRECISION)
+        b_change = (b_k * b_dk + b_b * b_db).to(gradient_spans.dtype.element_ty)
+        b_dg = tl.dot(b_change, b_gradient_spans[LEVELS + 1], b_dg, input_precision=PRECISION)
 
         for level in tl.static_range(LEVELS):
             later, between = is_later(o_c, level)[None, :], level_pairs(o_c, level)
             b_first, b_second = tl.where(later, b_own, b_k), tl.where(later, b_a, b_b)
             b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
             if level > 0:
-                b_span = tl.load(spans + level * C * C + o_transposed)
-                b_span = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
+                b_span = tl.exp2(tl.dot(b_summands, b_spans[level], input_precision="ieee"))
                 b_first *= b_span
                 b_second *= b_span
             dtype = v.dtype.element_ty
@@ -486,9 +490,8 @@ def pair_gradient_kernel(
             b_level = tl.trans(tl.where(between, b_br, 0.0).to(dtype))
             b_dy = tl.dot(b_x, b_level, b_dy, input_precision=PRECISION)
             if level > 0:
-                b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
-                b_change = (b_first * b_dx + b_second * b_dy).to(b_gradient_span.dtype)
-                b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
+                b_change = (b_first * b_dx + b_second * b_dy).to(gradient_spans.dtype.element_ty)
+                b_dg = tl.dot(b_change, b_gradient_spans[level], b_dg, input_precision=PRECISION)
                 b_dx *= b_span
                 b_dy *= b_span
             b_dr += tl.where(later, b_dx, 0.0)

@@ -74,13 +74,14 @@ def choose(monkeypatch, *, stretch: int, programs: int):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("decay", "packed"), [("normal", False), ("strong", False), ("paper", True), ("mixed", True)]
+    ("decay", "packed"), [("normal", False), ("strong", True), ("mixed", True)]
 )
 def test_interpreter_matches_reference(decay, packed, monkeypatch):
-    """Two segments, the first of two stretches of two chunks; a part of a chunk at the end."""
-    choose(monkeypatch, stretch=32, programs=2)
+    """Two segments of two stretches; the last one's part of a chunk decays by more than exp
+    holds."""
+    choose(monkeypatch, stretch=16, programs=2)
     case = make_rwkv7_case(
-        (1, 89, 1, 24, 16), decay, "hard", packed=packed, dtype=torch.float32, device="cpu"
+        (1, 56, 1, 24, 16), decay, "hard", packed=packed, dtype=torch.float32, device="cpu"
     )
     found = found_errors(case)
     assert max(found.values()) < 1e-5, found
@@ -88,7 +89,7 @@ def test_interpreter_matches_reference(decay, packed, monkeypatch):
 
 @interpreted
 def test_one_segment_with_and_without_a_scan(monkeypatch):
-    choose(monkeypatch, stretch=16, programs=1)
+    choose(monkeypatch, stretch=32, programs=1)
     case = make_rwkv7_case(
         (2, 17, 1, 16, 24), "normal", "usual", packed=True, dtype=torch.float32, device="cpu"
     )
