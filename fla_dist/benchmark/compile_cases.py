@@ -19,6 +19,8 @@ from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn.op import SegmentedHGRN
 from fla_dist.kernels.mamba.op import segmented_selective_scan
+from fla_dist.kernels.rwkv7.op import segmented_rwkv7
+from fla_dist.kernels.rwkv7.settings import TUNED as RWKV7_TUNED
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
 from fla_dist.kernels.state import LOCAL
@@ -106,6 +108,19 @@ def _gated_delta_rule(
     return launches
 
 
+def _rwkv7(
+    sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
+    def launches() -> None:
+        K, V = sizes
+        r, k, v, a, b = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (K, K, V, K, K))
+        for g_dtype in [dtype] + [torch.float32] * thorough:
+            g = _empty(1, _TOKENS, _HEADS, K, dtype=g_dtype)
+            _train(*segmented_rwkv7(r, g, k, v, a, b, scale=1.0, doc_ids=_documents(packed)))
+
+    return launches
+
+
 def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     packings = (False, True) if thorough else (False,)
     halves = [torch.bfloat16] + [torch.float16] * thorough
@@ -113,11 +128,14 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
         ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),
+        ("rwkv7", _rwkv7, RWKV7_TUNED),
     ):
         sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}
         if thorough:
-            sizes |= {(64, 128), (256, 256)}
-            if name != "gated_delta_rule":
+            sizes.add((64, 128))
+            if name != "rwkv7":
+                sizes.add((256, 256))
+            if name in ("simple_gla", "gla"):
                 sizes.add((256, 512))
         for size in sorted(sizes):
             for dtype in halves + [torch.float32] * (thorough and size[1] <= 128):
