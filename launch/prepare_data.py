@@ -16,6 +16,7 @@ Exit codes: 0 good, 1 damage found, 2 refused (config, data).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> None:
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        code = 0
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_REFUSED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +69,17 @@ def test_build_verify_inspect(run, tmp_path):
         "[0, ",
     ):
         assert part in shown.stdout
+
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    unread = subprocess.run(
+        [sys.executable, SCRIPT, "inspect", "--config", tmp_path / "config.json"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (unread.returncode, unread.stderr) == (0, "")
 
     shard = next((tmp_path / "cache" / "shards").iterdir())
     content = bytearray(shard.read_bytes())
