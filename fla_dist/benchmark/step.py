@@ -35,7 +35,7 @@ KINDS = {
     "loss": r"losses_kernel",
     "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitK|triton_tem_.*mm",
     "optimizer": r"multi_tensor|adam",
-    "scan": r"(?!triton_)\w+_kernel$",
+    "scan": r"^(?!triton_|swiglu)\w+_kernel$",
     "norm and pointwise": r"",
 }
 """Kinds of kernels by a pattern of their names, the first that is found; a Triton kernel of this

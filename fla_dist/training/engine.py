@@ -72,6 +72,9 @@ class Engine:
         model.to(device)
         optimizer = build_optimizer(model, config.optimizer, max_norm=max_norm)
         self.deepspeed = _initialize(model, optimizer, settings, mesh)
+        if clips_itself and mesh.world_size == 1:
+            # It would copy all gradients to a bucket and back, to sum them over one rank.
+            self.deepspeed.enable_backward_allreduce = False
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the token losses of this rank's slice."""

@@ -1,3 +1,3 @@
-from fla_dist.kernels.mamba.op import selective_scan
+from fla_dist.kernels.mamba.op import projected_selective_scan, selective_scan
 
-__all__ = ["selective_scan"]
+__all__ = ["projected_selective_scan", "selective_scan"]

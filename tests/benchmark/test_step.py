@@ -25,6 +25,7 @@ from fla_dist.benchmark.step import KEY, add_row, covered, kind_of, synthetic_ba
         ("backward_kernel", "scan"),
         ("short_convolution_backward_kernel", "convolution"),
         ("losses_kernel", "loss"),
+        ("swiglu_backward_kernel", "norm and pointwise"),
         ("triton_red_fused_add_mul_3", "norm and pointwise"),
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::...>",

@@ -3,8 +3,11 @@ there is no GPU, in every dtype where there is one."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.mamba.op import segmented_selective_scan
@@ -15,6 +18,7 @@ from tests.packing import doc_ids_of, positions_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GATE = ("dt_bias", "D", "z")
+OPTIONAL = (*GATE, "initial_state", "dt_weight", "weight")
 
 
 def make(
@@ -55,7 +59,7 @@ def doc_ids(length: int) -> Tensor:
 def results(function, inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, Tensor]:
     inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     (*tensors,) = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
-    others = {name: x for name, x in inputs.items() if name in (*GATE, "initial_state")}
+    others = {name: x for name, x in inputs.items() if name in OPTIONAL}
     outputs = function(*tensors, **others, doc_ids=ids)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
@@ -120,6 +124,34 @@ def test_kernels(
     assert all(error < 1e-5 for error in found.values()), found
 
 
+def projected(function, x, dt, A, B, C, *, dt_weight, weight, **others):
+    """A scan between the projections of its layer."""
+    y, state = function(x, F.linear(dt, dt_weight), A, B, C, **others)
+    return F.linear(y, weight), state
+
+
+def projected_errors(inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, float]:
+    """As `errors`, with time steps of rank 3 and an output of width 7."""
+    x, channels = inputs["x"], inputs["x"].shape[2]
+    inputs["dt"] = inputs["dt"][..., :3]
+    generator = torch.Generator().manual_seed(2)
+    for name, shape in (("dt_weight", (channels, 3)), ("weight", (7, channels))):
+        inputs[name] = torch.randn(shape, generator=generator).to(x)
+    got = results(segmented_selective_scan, inputs, ids)
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = results(partial(projected, selective_scan_recurrent), wide, ids)
+    return {n: ((x.double() - exact[n]).norm() / exact[n].norm()).item() for n, x in got.items()}
+
+
+@interpreted
+def test_between_projections(monkeypatch) -> None:
+    from fla_dist.kernels.mamba import triton_forward
+
+    monkeypatch.setattr(triton_forward, "SEGMENT", 16)
+    found = projected_errors(make(2, 20, 5, 3, 0.2), doc_ids(20))
+    assert all(error < 1e-5 for error in found.values()), found
+
+
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 SEQUENCES = ("x", "dt", "B", "C", "z")
 
@@ -160,6 +192,16 @@ def test_fp32_time_steps_beside_bf16() -> None:
     inputs = on_the_gpu(make(2, 1100, 96, 16, 0.1, False), torch.bfloat16, "dt")
     found = errors(segmented_selective_scan, inputs, doc_ids(1100).cuda())
     assert all(error < TOLERANCE[torch.bfloat16] for error in found.values()), found
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("length", [700, 1024])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_between_projections_on_the_gpu(dtype, length) -> None:
+    inputs = on_the_gpu(make(2, length, 96, 16, 0.1), dtype)
+    found = projected_errors(inputs, doc_ids(length).cuda())
+    assert all(error < TOLERANCE[dtype] for error in found.values()), found
 
 
 @pytest.mark.gpu

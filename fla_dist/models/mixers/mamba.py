@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fla_dist.kernels.mamba import selective_scan
+from fla_dist.kernels.mamba import projected_selective_scan
 from fla_dist.models.layers import ShortConvolution, keep_fp32, time_step_bias_
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
@@ -47,13 +46,14 @@ class Mamba(Mixer):
         x, z = self.input(x).chunk(2, dim=-1)
         x = self.convolution(x, stream)
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
-        y, state = selective_scan(
-            x, F.linear(time_step, self.time_step_weight), -self.A_log.exp(), B, C,
-            dt_bias=self.time_step_bias, D=self.D, z=z,
-            initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
+        o, state = projected_selective_scan(
+            x, time_step, -self.A_log.exp(), B, C,
+            dt_weight=self.time_step_weight, dt_bias=self.time_step_bias, D=self.D, z=z,
+            weight=self.output.weight, initial_state=stream.initial_state("state"),
+            doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)
-        return self.output(y)
+        return o
 
     def flops_per_token(self, sequence_length: int) -> float:
         # A state number: its decay, the decay's exp and product, the input's product and sum, the
