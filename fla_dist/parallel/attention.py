@@ -13,7 +13,8 @@ the slice. Documents are told by the positions of the queries, as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +93,8 @@ def attention_way(heads: int, kv_heads: int, slices: Slices, masks: Masks) -> Wa
 
     before = sum(lengths[: slices.rank])
     if name == "all_gather":
-        return _AllGather(slices, of(-before, before + length))
+        past = [of(-before, before)] if before else []
+        return _AllGather(slices, [*past, of(0, length)])
     starts = [sum(lengths[:rank]) - before for rank in range(slices.rank + 1)]
     return _Ring(slices, [of(*place) for place in zip(starts, lengths, strict=False)])
 
@@ -141,41 +143,56 @@ class _FullAttention(torch.autograd.Function):
         return *ctx.way.backward(*ctx.saved_tensors, do), None, None, None
 
 
+def _join_all(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention to several stretches from attention to each; o in the log-sum-exp's dtype."""
+    return reduce(
+        lambda whole, part: join(*whole, *part), ((o.to(lse.dtype), lse) for o, lse in parts)
+    )
+
+
 # All-gather ---------------------------------------------------------------------------------------
 
 
 class _AllGather:
-    def __init__(self, slices: Slices, seen: Stretch) -> None:
-        self._slices, self._seen = slices, seen
+    def __init__(self, slices: Slices, seen: list[Stretch]) -> None:
+        self._slices, self._seen = slices, seen  # the tokens before the slice, and the slice
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [
-            attend(q[:, :, heads], *self._all(k, v, kv_heads, "forward"), self._seen)
-            for heads, kv_heads in self._groups(q, k)
-        ]
+        parts = []
+        for heads, kv_heads in self._groups(q, k):
+            held = self._all(k, v, kv_heads, "forward")
+            parts.append(_join_all(attend(q[:, :, heads], *kv, seen) for seen, kv in held))
         o, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        return o, lse
+        return o.to(q.dtype), lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = []
         for heads, kv_heads in self._groups(q, k):
-            keys, values = self._all(k, v, kv_heads, "backward")
-            whole = (x[:, :, heads] for x in (o, lse, do))
-            dq, dk, dv = attend_backward(q[:, :, heads], keys, values, *whole, self._seen)
+            whole = [x[:, :, heads] for x in (o, lse, do)]
+            shares = [
+                attend_backward(q[:, :, heads], *kv, *whole, seen)
+                for seen, kv in self._all(k, v, kv_heads, "backward")
+            ]
+            dq = torch.stack([share[0] for share in shares]).sum(dim=0, dtype=lse.dtype).to(q.dtype)
+            dk, dv = (torch.cat([share[i] for share in shares], dim=1) for i in (1, 2))
             steps = _scatter_tokens(torch.stack([dk, dv], dim=2), q.shape[1], self._slices)
             dkv = exchange(steps, self._slices, "gradients of keys and values, backward")
             gradients.append((dq, *dkv.unbind(dim=2)))
         dq, dk, dv = (torch.cat(parts, dim=2) for parts in zip(*gradients, strict=True))
         return dq, dk, dv
 
-    def _all(self, k: Tensor, v: Tensor, heads: slice, direction: str) -> Iterator[Tensor]:
-        """Keys and values of some heads from the sequence's start to the end of this slice."""
+    def _all(
+        self, k: Tensor, v: Tensor, heads: slice, direction: str
+    ) -> list[tuple[Stretch, list[Tensor]]]:
+        """What this slice sees, with its keys and values of some heads."""
         own = torch.stack([k[:, :, heads], v[:, :, heads]], dim=2)
         steps = _gather_tokens(own, self._slices)
         whole = exchange(steps, self._slices, f"keys and values, {direction}")
-        return iter(whole[:, : self._seen.count].unbind(dim=2))
+        counts = [seen.count for seen in self._seen]
+        parts = whole[:, : sum(counts)].split(counts, dim=1)
+        return [(seen, [*x.unbind(dim=2)]) for seen, x in zip(self._seen, parts, strict=True)]
 
     def _groups(self, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
         """Heads of queries, and of keys, of each group."""
@@ -300,13 +317,9 @@ class _Ring:
         self._slices, self._seen = slices, seen  # the slices up to this rank's
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        whole: tuple[Tensor, Tensor] | None = None
-        for seen, keys, values in self._hops(k, v, "forward"):
-            o, lse = attend(q, keys, values, seen)
-            part = o.to(lse.dtype), lse
-            whole = part if whole is None else join(*whole, *part)
-        assert whole is not None
-        return whole[0].to(q.dtype), whole[1]
+        hops = self._hops(k, v, "forward")
+        o, lse = _join_all(attend(q, keys, values, seen) for seen, keys, values in hops)
+        return o.to(q.dtype), lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor

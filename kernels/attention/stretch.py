@@ -18,7 +18,7 @@ QUERY_BLOCK, KEY_BLOCK = 512, 4096
 
 @dataclass(frozen=True)
 class Stretch:
-    """Keys that are a stretch of the sequence: one that ends before the slice starts, or with it.
+    """Keys that are the slice's own, or a stretch of the sequence before it.
 
     Attributes:
         first: [B, T], the first key of each query's document; this and `start` count from the
@@ -26,55 +26,53 @@ class Stretch:
         start: the stretch's first token.
         count: its tokens.
         segments: [N + 1] int32 each, ends of the queries' and the keys' documents in rows of T and
-            of `count` tokens laid end to end, for flash attention; None where it does not serve.
+            of `count` tokens laid end to end, for flash attention; on a GPU.
     """
 
     first: Tensor
     start: int
     count: int
-    segments: tuple[Tensor, Tensor] | None
+    segments: tuple[Tensor, Tensor] | None = None
 
     @property
-    def before(self) -> bool:
-        """Whether it ends before the slice starts."""
-        return self.start + self.count <= 0
+    def own(self) -> bool:
+        """Whether the keys are the slice's own, seen from their own token on."""
+        return self.start == 0
 
 
 def stretch(positions: Tensor, start: int, count: int) -> Stretch:
-    """The stretch of `count` keys from token `start`, counted from the slice's first token; on a
-    GPU it waits for `positions` where the stretch ends with the slice.
+    """The `count` keys from token `start`, counted from the slice's first token; on a GPU it waits
+    for `positions` where they are its own.
 
     Args:
         positions: [B, T] integer, each token's position in its document.
     """
     length = positions.shape[1]
-    assert start + count in (min(start + count, 0), length)
+    assert start + count <= 0 or (start, count) == (0, length)
     first = torch.arange(length, device=positions.device) - positions
-    segments = document_segments(positions, start, count) if positions.is_cuda else None
-    return Stretch(first, start, count, segments)
+    if not positions.is_cuda:
+        return Stretch(first, start, count)
+    return Stretch(first, start, count, document_segments(positions, start, count))
 
 
 def document_segments(positions: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """The segments of a `Stretch`. A row's first segment has no queries: the keys before the
-    document that was open at the slice's start."""
+    """The segments of a `Stretch`. A stretch before the slice has three a row: the keys before the
+    document that was open at the slice's start, that document, and the queries after it."""
     batch, length = positions.shape
-    row = torch.arange(batch, device=positions.device)
-    opened = (-positions[:, 0] - start).clamp(0, count)  # the first key that the first query sees
-    queries, keys = [row * length], [row * count]
-    if start + count <= 0:
-        starts = F.pad(positions[:, 1:] == 0, (0, 1), value=True)
-        ended = starts.to(torch.int8).argmax(dim=1) + 1  # tokens of the document that was open
-        queries += [row * length, row * length + ended]
-        keys += [row * count + opened, (row + 1) * count]
-    else:
+    if start == 0:
         starts = positions == 0
         starts[:, 0] = True
-        row, token = starts.nonzero(as_tuple=True)
-        queries.append(row * length + token)
-        keys.append(row * count + torch.where(token == 0, opened[row], token - start))
+        ends = F.pad(starts.flatten().nonzero()[:, 0].to(torch.int32), (0, 1), value=starts.numel())
+        return ends, ends
+    row = torch.arange(batch, device=positions.device)
+    opened = (-positions[:, 0] - start).clamp(0, count)  # the first key that the first query sees
+    starts = F.pad(positions[:, 1:] == 0, (0, 1), value=True)
+    ended = starts.to(torch.int8).argmax(dim=1) + 1  # tokens of the document that was open
+    queries = torch.stack([row * length, row * length, row * length + ended], dim=1)
+    keys = torch.stack([row * count, row * count + opened, (row + 1) * count], dim=1)
     return (
-        F.pad(torch.cat(queries).sort().values.to(torch.int32), (0, 1), value=batch * length),
-        F.pad(torch.cat(keys).sort().values.to(torch.int32), (0, 1), value=batch * count),
+        F.pad(queries.flatten().to(torch.int32), (0, 1), value=batch * length),
+        F.pad(keys.flatten().to(torch.int32), (0, 1), value=batch * count),
     )
 
 
@@ -88,9 +86,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, to: Stretch) -> tuple[Tensor, Tensor
         o [B, T, H, K], 0 where a query sees no key; the scores' log-sum-exp [B, T, H] in fp32 or
         fp64, -inf there.
     """
-    if _flash(q, to):
+    if _by_flash(q, to):
         outputs = torch.ops.aten._flash_attention_forward(
-            *_rows(q, k, v), *_lengths(q, to), 0.0, not to.before, False
+            *_rows(q, k, v), *_lengths(q, to), 0.0, to.own, False
         )
         lse = outputs[1].unflatten(1, q.shape[:2]).permute(1, 2, 0)
         return outputs[0].view_as(q), lse.masked_fill(lse == torch.inf, -torch.inf)
@@ -111,11 +109,11 @@ def attend_backward(
     Args:
         o, lse: over all keys that a query sees, in this stretch or not.
     """
-    if _flash(q, to):
-        rows, state = _rows(q, k, v), torch.empty(2, dtype=torch.uint64, device=q.device)
+    if _by_flash(q, to):
+        nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)
         gradients = torch.ops.aten._flash_attention_backward(
-            *_rows(do), *rows, *_rows(o), lse.permute(2, 0, 1).flatten(1).contiguous(),
-            *_lengths(q, to), 0.0, not to.before, state, state,
+            *_rows(do, q, k, v, o), lse.permute(2, 0, 1).flatten(1).contiguous(),
+            *_lengths(q, to), 0.0, to.own, nothing, nothing,
         )  # fmt: skip
         return tuple(x.view_as(y) for x, y in zip(gradients, (q, k, v), strict=True))
     dtype = lse.dtype
@@ -142,7 +140,7 @@ def join(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Te
     return share * o + other * other_o, whole
 
 
-def _flash(q: Tensor, to: Stretch) -> bool:
+def _by_flash(q: Tensor, to: Stretch) -> bool:
     half = q.dtype in (torch.bfloat16, torch.float16)
     return to.segments is not None and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
