@@ -20,7 +20,6 @@ from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn.op import SegmentedHGRN
 from fla_dist.kernels.mamba.op import segmented_selective_scan
 from fla_dist.kernels.rwkv7.op import segmented_rwkv7
-from fla_dist.kernels.rwkv7.settings import TUNED as RWKV7_TUNED
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
 from fla_dist.kernels.state import LOCAL
@@ -41,36 +40,43 @@ def _train(output: Tensor, final: Tensor) -> None:
     torch.autograd.backward([output, final], [torch.empty_like(output), torch.empty_like(final)])
 
 
-def _attention(
-    function: type[torch.autograd.Function],
-    decays: Callable[[], list[Tensor | None]],
-    sizes: tuple[int, int],
-    dtype: torch.dtype,
-    packed: bool,
-) -> None:
-    q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
-    for g in decays():
-        _train(*function.apply(q, k, v, g, None, _documents(packed), 0.5, on_gpu(LOCAL)))
+def _qkv(sizes: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    return [_empty(1, _TOKENS, _HEADS, width, dtype=dtype) for width in (sizes[0], *sizes)]
 
 
 def _simple_gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def decays() -> list[Tensor | None]:
-        fixed = torch.empty(_HEADS)
-        return [fixed, _empty(1, _TOKENS, _HEADS)] + [None] * thorough
+    def launches() -> None:
+        decays = [torch.empty(_HEADS), _empty(1, _TOKENS, _HEADS), *[None] * thorough]
+        for g in decays:
+            _train(
+                *SegmentedSimpleGLA.apply(
+                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
+                )
+            )
 
-    return lambda: _attention(SegmentedSimpleGLA, decays, sizes, dtype, packed)
+    return launches
 
 
 def _gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def decays() -> list[Tensor | None]:
-        dtypes = [dtype] + [torch.float32] * thorough
-        return [_empty(1, _TOKENS, _HEADS, sizes[0], dtype=each) for each in dtypes]
+    """GLA, HGRN2's keys and RWKV6's bonus."""
 
-    return lambda: _attention(SegmentedGLA, decays, sizes, dtype, packed)
+    def launches() -> None:
+        q, k, v = _qkv(sizes, dtype)
+        bonus = _empty(_HEADS, sizes[0])
+        for keys, u in ((k, None), (None, None), (k, bonus)):
+            for g_dtype in [dtype] + [torch.float32] * thorough:
+                g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
+                _train(
+                    *SegmentedGLA.apply(
+                        q, keys, v, g, u, None, _documents(packed), 0.5, on_gpu(LOCAL)
+                    )
+                )
+
+    return launches
 
 
 def _hgrn(dtype: torch.dtype, packed: bool) -> Callable[[], None]:
@@ -128,13 +134,12 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
         ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),
-        ("rwkv7", _rwkv7, RWKV7_TUNED),
+        ("rwkv7", _rwkv7, {}),
     ):
         sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}
         if thorough:
             sizes.add((64, 128))
-            if name != "rwkv7":
-                sizes.add((256, 256))
+            sizes.add((64, 64) if name == "rwkv7" else (256, 256))
             if name in ("simple_gla", "gla"):
                 sizes.add((256, 512))
         for size in sorted(sizes):

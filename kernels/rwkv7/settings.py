@@ -1,4 +1,4 @@
-"""Launch settings of RWKV7's kernels, keyed by (compute capability, K, V) for bf16 inputs."""
+"""Launch settings of RWKV7's kernels."""
 
 from __future__ import annotations
 
@@ -36,19 +36,11 @@ class Settings:
     programs: int = 128
 
 
-_CHUNK, _WALK = Launch(16, 1, 2), Launch(64, 4, 4)
-TUNED: dict[tuple[int, int, int], Settings] = {
-    (90, 128, 128): Settings(16, 512, _CHUNK, _WALK, _WALK, _WALK, _CHUNK),
-}
-
-
-def settings(capability: int, key_size: int, value_size: int, dtype: torch.dtype) -> Settings:
-    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
-    if dtype == torch.bfloat16 and (capability, key_size, value_size) in TUNED:
-        return TUNED[capability, key_size, value_size]
-    wide = max(padded(size, dtype.itemsize) for size in (key_size, value_size))
+def settings(key_size: int, value_size: int, dtype: torch.dtype) -> Settings:
+    """A rule that keeps each program's state near 32 KiB of registers."""
     if dtype == torch.float32:
         launch = Launch(16, 8, 1)
         return Settings(16, 512, launch, launch, launch, launch, launch)
-    walk = Launch(64, 4, 3) if wide <= 128 else Launch(64, 8, 1)
-    return Settings(16, 512, _CHUNK, walk, walk, walk, _CHUNK)
+    wide = max(padded(size, dtype.itemsize) for size in (key_size, value_size))
+    chunk, walk = Launch(16, 1, 2), Launch(64, 4, 3) if wide <= 128 else Launch(64, 8, 1)
+    return Settings(16, 512, chunk, walk, walk, walk, chunk)

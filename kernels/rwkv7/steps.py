@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import padded, precision, step
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.rwkv7.settings import Settings, settings
@@ -22,7 +21,7 @@ from fla_dist.kernels.rwkv7.triton_kernels import (
 
 def _settings(r: Tensor, v: Tensor) -> Settings:
     """Of r and v, or of what has their last axes."""
-    return settings(launches.capability(r), r.shape[-1], v.shape[-1], r.dtype)
+    return settings(r.shape[-1], v.shape[-1], r.dtype)
 
 
 def _segment(chosen: Settings, v: Tensor) -> int:
