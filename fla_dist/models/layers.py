@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.swiglu import swiglu_linear
@@ -71,7 +72,8 @@ class SwiGLU(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """silu of a depthwise causal convolution over time, inside documents: [B, T, D] to the same."""
+    """silu of a depthwise causal convolution over time, inside documents: [B, T, D] to the same.
+    The backward makes it again from its input, which is kept anyway."""
 
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
         super().__init__()
@@ -80,9 +82,10 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         left = stream.before("convolution", x, self.weight.shape[1] - 1)
-        return short_convolution(
-            x, self.weight, self.bias,
+        return checkpoint(
+            short_convolution, x, self.weight, self.bias,
             left_context=left, positions=stream.positions, activation="silu",
+            use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
 
     def initialize(self) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from fla_dist.kernels.mamba import op as mamba
 from fla_dist.kernels.short_convolution import op as convolution
@@ -98,6 +101,57 @@ def compiled_on_ranks() -> tuple[list[float], dict[int, int]]:
     return errors, graphs
 
 
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops are traced as on a GPU, where they are kernels; none can run."""
+    monkeypatch.setattr(mamba, "capability", lambda x: 90)
+    monkeypatch.setattr(convolution, "capability", lambda x: 90)
+    monkeypatch.setattr(convolution, "CHECKED", (4,))
+    monkeypatch.setattr(swiglu, "CHECKED", (0,))
+
+
+def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every token once, and only what is costly to make again: no outputs of norms and of the
+    convolution, no argument of the time steps."""
+    with_kernels(monkeypatch)
+    kept: list[Tensor] = []
+
+    def partition(graph: Any, inputs: Any, *, num_fwd_outputs: int, **options: Any) -> Any:
+        options["compiler"] = "inductor"
+        forward, _ = min_cut_rematerialization_partition(
+            graph, inputs, num_fwd_outputs=num_fwd_outputs, **options
+        )
+        (outputs,) = next(n for n in forward.graph.nodes if n.op == "output").args
+        values = [node.meta["val"] for node in outputs[num_fwd_outputs:]]
+        kept.extend(value for value in values if isinstance(value, Tensor))
+        raise Captured
+
+    class Captured(Exception):
+        pass
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph, partition_fn=partition)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    block._compiled.cache_clear()
+    model = LanguageModel(tiny_config("all", layer_pattern=("mamba",), num_hidden_layers=1))
+    stream = Stream(torch.arange(96)[None], torch.zeros(1, 96, dtype=torch.int32), model.exchange)
+    with pytest.raises(Exception, match="Captured"):
+        block._compiled(Block._whole)(
+            model.blocks[0], torch.randn(1, 96, 16, requires_grad=True), stream
+        )
+    block._compiled.cache_clear()
+    mixer, mlp = model.blocks[0].mixer, model.blocks[0].mlp
+    channels, size = mixer.A_log.shape
+    of_tokens = [x for x in kept if x.is_floating_point() and {96, 96 // 16} & set(x.shape)]
+    expected = (
+        2 * 16  # the input and the mixer's output
+        + 2  # scales of the norms
+        + 3 * channels  # both halves of the first projection, the scan's output
+        + mixer.sizes[0] + 2 * size  # Δ's factor, B, C
+        + channels * max(size, 4) / 16  # states before every 16th token
+        + mlp.gate_up.weight.shape[0]
+    )  # fmt: skip
+    assert sum(x.numel() for x in of_tokens) / 96 == expected
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -109,11 +163,8 @@ def compiled_on_ranks() -> tuple[list[float], dict[int, int]]:
 def test_a_block_is_one_graph(
     name: str, function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where these ops are kernels; the graph is captured, and not run."""
-    monkeypatch.setattr(mamba, "capability", lambda x: 90)
-    monkeypatch.setattr(convolution, "capability", lambda x: 90)
-    monkeypatch.setattr(convolution, "CHECKED", (4,))
-    monkeypatch.setattr(swiglu, "CHECKED", (0,))
+    """The graph is captured, and not run."""
+    with_kernels(monkeypatch)
     graphs: list[torch.fx.GraphModule] = []
 
     class Captured(Exception):
