@@ -18,6 +18,7 @@ from fla_dist.kernels.gated_delta_rule.settings import TUNED as GATED_DELTA_RULE
 from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
 from fla_dist.kernels.hgrn.op import SegmentedHGRN
+from fla_dist.kernels.kda.op import segmented_kda
 from fla_dist.kernels.mamba.op import segmented_selective_scan
 from fla_dist.kernels.rwkv7.op import segmented_rwkv7
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
@@ -114,6 +115,19 @@ def _gated_delta_rule(
     return launches
 
 
+def _kda(
+    sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
+    def launches() -> None:
+        q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+        beta = _empty(1, _TOKENS, _HEADS)
+        for g_dtype in [dtype] + [torch.float32] * thorough:
+            g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
+            _train(*segmented_kda(q, k, v, g, beta, scale=0.5, doc_ids=_documents(packed)))
+
+    return launches
+
+
 def _rwkv7(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
@@ -134,6 +148,7 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
         ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),
+        ("kda", _kda, {}),
         ("rwkv7", _rwkv7, {}),
     ):
         sizes = {(128, 128)} | {(k, v) for capability, k, v in tuned if capability == architecture}

@@ -22,6 +22,8 @@ from fla_dist.kernels.gsa.reference import gsa_chunked
 from fla_dist.kernels.hgrn import hgrn
 from fla_dist.kernels.hgrn.reference import hgrn_chunked
 from fla_dist.kernels.hgrn2 import hgrn2
+from fla_dist.kernels.kda import kda
+from fla_dist.kernels.kda.reference import kda_chunked
 from fla_dist.kernels.mamba import selective_scan
 from fla_dist.kernels.mamba.reference import selective_scan_chunked
 from fla_dist.kernels.mamba2 import state_space_dual
@@ -118,6 +120,10 @@ def _gated_delta_rule_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     return {**inputs, "g": _log_sigmoid(s.B, s.T, s.H), "beta": beta}
 
 
+def _kda_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {**_gated_delta_rule_inputs(s, dtype), "g": _log_sigmoid(s.B, s.T, s.H, s.K).to(dtype)}
+
+
 def _rwkv7_inputs(s: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     """Decays down to exp(-exp(-1/2)), and learning rates from 0 to 1."""
     r, k, v, removed = (_normal(s, width, dtype) for width in (s.K, s.K, s.V, s.K))
@@ -199,6 +205,10 @@ OPS = {
         gated_delta_rule, gated_delta_rule_chunked, None, True,
         ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
         _gated_delta_rule_inputs, lambda s: 6 * s.K * s.V,
+    ),
+    "kda": Op(
+        kda, kda_chunked, None, True, ("fla.ops.kda", "chunk_kda"), _kda_inputs,
+        lambda s: 6 * s.K * s.V,
     ),
     "rwkv7": Op(
         rwkv7, lambda *x, scale: rwkv7_chunked(*x, scale=1.0), None, True,

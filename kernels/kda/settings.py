@@ -1,4 +1,4 @@
-"""Launch settings of KDA's kernels, keyed by (compute capability, K, V) for 16-bit inputs."""
+"""Launch settings of KDA's kernels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED: set[tuple[torch.dtype, int, int]] = set()
+CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (128, 128))}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
-SHORTEST = 512
-"""Tokens below which the reference serves: see fla_dist.kernels.gated_delta_rule.settings."""
+SHORTEST = 16
+"""Tokens below which the reference serves: the gradient of one token's beta is a difference of
+numbers that bf16 has rounded, 6e-3 off."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,9 @@ class Settings:
     programs: int = 128
 
 
-TUNED: dict[tuple[int, int, int], Settings] = {}
-
-
 @lru_cache
-def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
-    """Of the table, or by a rule that keeps each program's state near 32 KiB of registers."""
-    if itemsize == 2 and (capability, key_size, value_size) in TUNED:
-        return TUNED[capability, key_size, value_size]
+def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
+    """By a rule that keeps each program's state near 32 KiB of registers."""
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
         pairs = Launch(32 if wide <= 256 else 16, 4, 1)

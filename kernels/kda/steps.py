@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gla.steps import _span_types, _spans
@@ -22,7 +21,7 @@ from fla_dist.kernels.kda.triton_kernels import (
 
 
 def _settings(k: Tensor, v: Tensor) -> Settings:
-    return settings(launches.capability(k), k.shape[-1], v.shape[-1], k.element_size())
+    return settings(k.shape[-1], v.shape[-1], k.element_size())
 
 
 def _segment(k: Tensor, v: Tensor) -> int:

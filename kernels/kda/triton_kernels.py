@@ -59,14 +59,17 @@ from fla_dist.kernels.gla.triton_kernels import (
 
 @triton.jit
 def product_in_parts(b_x, b_y, b_sum, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sum + x y for an fp32 x: in two parts of y's type, so that x is hardly rounded, or in
-    one."""
-    b_part = b_x.to(b_y.dtype)
-    b_sum = tl.dot(b_part, b_y, b_sum, input_precision=PRECISION)
+    """b_sum + x y for an fp32 x: in two parts of y's type, so that x is hardly rounded, or in one.
+    The first part is x without the bits that y's type does not hold: a mask is faster than a
+    conversion there and back."""
     if PARTS == 2:
-        b_rest = (b_x - b_part.to(tl.float32)).to(b_y.dtype)
+        KEPT: tl.constexpr = -65536 if b_y.dtype == tl.bfloat16 else -8192
+        b_part = (b_x.to(tl.int32, bitcast=True) & KEPT).to(tl.float32, bitcast=True)
+        b_rest = (b_x - b_part).to(b_y.dtype)
         b_sum = tl.dot(b_rest, b_y, b_sum, input_precision=PRECISION)
-    return b_sum
+    else:
+        b_part = b_x
+    return tl.dot(b_part.to(b_y.dtype), b_y, b_sum, input_precision=PRECISION)
 
 
 @triton.jit
@@ -101,7 +104,7 @@ def prepare_kernel(
     o_pair = o_c[:, None] * C + o_c[None, :]
 
     b_score, b_keys = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    for first_k in tl.range(0, K, BK, num_stages=2):
         o_k = first_k + tl.arange(0, BK)
         mask_k = o_k < K
         mask = mask_c[:, None] & mask_k[None, :]
@@ -129,7 +132,7 @@ def prepare_kernel(
 
         b_product = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_score += tl.where(o_c[:, None] == o_c[None, :], b_product, 0.0)
-        for level in tl.range(0, LEVELS, num_stages=1):
+        for level in tl.static_range(LEVELS):
             b_span = tl.load(spans + level * C * C + o_pair)
             b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
             b_query, b_key = (b_q * b_decay).to(b_q.dtype), (b_k * b_decay).to(b_k.dtype)
@@ -470,7 +473,7 @@ def pair_gradient_kernel(
     o_pair = o_c[:, None] * C + o_c[None, :]
     o_transposed = o_c[None, :] * C + o_c[:, None]
     b_dbeta = tl.zeros([C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    for first_k in tl.range(0, K, BK, num_stages=2):
         o_k = first_k + tl.arange(0, BK)
         mask_k = o_k < K
         b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C)).to(tl.float32)
@@ -499,7 +502,7 @@ def pair_gradient_kernel(
         b_dg = tl.zeros([BK, C], dtype=tl.float32)
         b_dg = product_in_parts(b_q * b_dq + b_k * b_dk, b_before, b_dg, PARTS, "ieee")
         b_dg = product_in_parts(b_written * b_dw, b_after, b_dg, PARTS, "ieee")
-        for level in tl.range(0, LEVELS, num_stages=1):
+        for level in tl.static_range(LEVELS):
             b_span = tl.load(spans + level * C * C + o_transposed)
             b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
             later = is_later(o_c, level)[None, :]
@@ -508,9 +511,9 @@ def pair_gradient_kernel(
             b_writer = b_written * b_earlier
             b_query, b_key = b_q * b_later + b_writer, b_k * b_later + b_writer
             b_pairs = level_pairs(o_c, level)
-            b_level = tl.where(b_pairs, b_query_pairs, 0.0)
+            b_level = tl.trans(tl.where(b_pairs, b_query_pairs, 0.0))
             b_query_given = tl.dot(b_query.to(b_level.dtype), b_level, input_precision=PRECISION)
-            b_level = tl.where(b_pairs, b_key_pairs, 0.0)
+            b_level = tl.trans(tl.where(b_pairs, b_key_pairs, 0.0))
             b_key_given = tl.dot(b_key.to(b_level.dtype), b_level, input_precision=PRECISION)
             b_change = b_query * b_query_given + b_key * b_key_given
             b_dg = product_in_parts(b_change, b_gradient_span, b_dg, PARTS, "ieee")
