@@ -73,15 +73,13 @@ def choose(monkeypatch, *, stretch: int, programs: int):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("decay", "packed"), [("normal", False), ("strong", True), ("mixed", True)]
-)
+@pytest.mark.parametrize(("decay", "packed"), [("strong", False), ("mixed", True)])
 def test_interpreter_matches_reference(decay, packed, monkeypatch):
-    """Two segments of two stretches; the last one's part of a chunk decays by more than exp
-    holds."""
+    """Two segments, the first of two stretches; the second's part of a chunk decays by more than
+    exp holds."""
     choose(monkeypatch, stretch=16, programs=2)
     case = make_rwkv7_case(
-        (1, 56, 1, 24, 16), decay, "hard", packed=packed, dtype=torch.float32, device="cpu"
+        (1, 40, 1, 24, 16), decay, "hard", packed=packed, dtype=torch.float32, device="cpu"
     )
     found = found_errors(case)
     assert max(found.values()) < 1e-5, found
