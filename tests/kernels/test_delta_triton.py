@@ -53,7 +53,9 @@ def triton_op(case: DeltaCase, **options):
 def reference_op(case: DeltaCase):
     group = case.v.shape[2] // case.q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (case.q, case.k))
-    options = dict(scale=0.3, initial_state=case.initial_state, doc_ids=case.doc_ids)
+    options = dict(
+        scale=0.3, initial_state=case.initial_state, doc_ids=case.doc_ids, chunk_size=64
+    )  # fmt: skip
     if case.g is None:
         return delta_rule_chunked(q, k, case.v, case.beta, **options)
     return gated_delta_rule_chunked(q, k, case.v, case.g, case.beta, **options)

@@ -3,17 +3,23 @@ tests.kernels.gpu.check_delta [op] [K V]`.
 
 Calls the kernels themselves, also where the public op would choose the reference. Prints the
 largest error of every output and gradient by kind of input, dtype and head size, and every case
-beyond its limit; runs each case twice and expects the same bits.
+beyond its limit; runs each case twice and expects the same bits. Kinds, and packed documents or
+not, run side by side: most of the time is compiling.
 
-Usual inputs (keys of length 1, beta up to 1) are held to LIMITS. Where keys are nearly parallel and
-beta goes up to 2, the result is as uncertain as its 16-bit inputs: there the limit is three times
-what one rounding of the inputs to the dtype changes in fp64, where that is more.
+Usual inputs (keys of length 1, beta up to 1) are held to LIMITS, or twice what rounding the result
+loses where its numbers are too small for the dtype; all dtypes hold the inputs exactly, so that one
+reference serves all. Where keys are nearly parallel and beta goes up to 2, the result is
+as uncertain as its 16-bit inputs: there, in bf16, the limit is three times what one rounding of the
+inputs changes in fp64, where that is more.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -28,8 +34,16 @@ OPS = {
     "gated_delta_rule": (make_delta_case, test_delta_triton),
     "kda": (make_kda_case, test_kda_triton),
 }
-SIZES = ((128, 128), (64, 64), (64, 128), (24, 40), (96, 160), (256, 128), (256, 256))
-LENGTHS = (1, 15, 64, 100, 4133)
+SIZES = (
+    (128, 128), (64, 64), (64, 128), (128, 256), (256, 128), (256, 256), (256, 512), (96, 160),
+    (24, 40),
+)  # fmt: skip
+LENGTHS = {"usual": (1, 15, 64, 100, 4133), "hard": (100, 4133), "parallel": (100, 4133)}
+DECAYS = {
+    "usual": ("none", "normal", "strong", "mixed"),
+    "hard": ("none", "mixed"),
+    "parallel": ("none", "mixed"),
+}
 ROUNDED = ("q", "k", "v", "output_gradient")
 
 
@@ -45,55 +59,64 @@ def rounded(case: DeltaCase) -> DeltaCase:
     return replace(case, **{name: moved(getattr(case, name)) for name in ROUNDED})
 
 
-def check(
-    name: str, kind: str, dtype: torch.dtype, key_size: int, value_size: int, heads: int = 1
-) -> bool:
-    """kind: usual | hard | parallel.  heads: value heads of a key head."""
+def check(name: str, kind: str, packed: bool, key_size: int, value_size: int) -> bool:
+    """kind: usual | hard | parallel, the last two with two value heads a key head."""
     make, op = OPS[name]
-    decays = ("normal", "strong", "mixed") + ("none",) * (name != "kda")
-    options = {"group": heads} if heads > 1 else {}
-    worst: dict[str, float] = {}
+    options = {} if kind == "usual" or name == "kda" else {"group": 2}
+    worst: dict[torch.dtype, dict[str, float]] = {}
     fine = True
-    for length in LENGTHS:
-        for decay in decays:
-            for packed in (False, True):
-                case = make(
-                    (2, length, 2, key_size, value_size), decay.replace("none", "normal"),
-                    kind, packed=packed, dtype=dtype, device="cuda", **options,
-                )  # fmt: skip
-                if decay == "none":
-                    case = replace(case, g=None)
+    for length in LENGTHS[kind]:
+        for decay in DECAYS[kind]:
+            if name == "kda" and decay == "none":
+                continue
+            made = make(
+                (2, length, 2, key_size, value_size), decay.replace("none", "normal"), kind,
+                packed=packed, dtype=torch.bfloat16, device="cuda", **options,
+            )  # fmt: skip
+            if decay == "none":
+                made = replace(made, g=None)
+            shared = {field: getattr(made, field).half() for field in ROUNDED}
+            truth = run(op.reference_op, replace(made, **shared), torch.float64)
+            for dtype in LIMITS if kind == "usual" else (torch.bfloat16,):
+                case = replace(made, **{field: x.to(dtype) for field, x in shared.items()})
                 result, again = run(op.triton_op, case), run(op.triton_op, case)
-                truth = run(op.reference_op, case, torch.float64)
                 found = errors(result, truth)
-                limits = dict.fromkeys(found, LIMITS[dtype])
+                held = {key: x.to(result[key].dtype) for key, x in truth.items()}
+                limits = {
+                    key: max(LIMITS[dtype], 2 * lost) for key, lost in errors(held, truth).items()
+                }
                 if kind != "usual":
                     moved = errors(run(op.reference_op, rounded(case), torch.float64), truth)
                     limits = {key: max(limits[key], 3 * moved[key]) for key in found}
                 same = all(torch.equal(result[key], again[key]) for key in result)
                 beyond = {key: value for key, value in found.items() if value > limits[key]}
                 if beyond or not same:
-                    print("  beyond the limit:", length, decay, packed, beyond, same, flush=True)
+                    where = (name, kind, dtype, key_size, value_size, length, decay, packed)
+                    print("  beyond the limit:", *where, beyond, same, flush=True)
                     fine = False
+                largest = worst.setdefault(dtype, {})
                 for key, value in found.items():
-                    worst[key] = max(worst.get(key, 0.0), value)
-    shown = {key: f"{value:.1e}" for key, value in worst.items()}
-    print(name, kind, dtype, key_size, value_size, heads, shown, flush=True)
+                    largest[key] = max(largest.get(key, 0.0), value)
+    for dtype, largest in worst.items():
+        shown = {key: f"{value:.1e}" for key, value in largest.items()}
+        print(name, kind, "packed" * packed, dtype, key_size, value_size, shown, flush=True)
     return fine
 
 
 def main() -> int:
     chosen = tuple(int(word) for word in sys.argv[1:] if word.isdigit())
-    fine = True
-    for name in [word for word in sys.argv[1:] if word in OPS] or OPS:
-        heads = 1 if name == "kda" else 2
-        for sizes in SIZES:
-            if chosen in ((), sizes):
-                for dtype in LIMITS:
-                    fine = check(name, "usual", dtype, *sizes) and fine
-                for kind in ("hard", "parallel"):
-                    fine = check(name, kind, torch.bfloat16, *sizes, heads) and fine
-    return 0 if fine else 1
+    names = [word for word in sys.argv[1:] if word in OPS] or list(OPS)
+    work = [
+        (name, kind, packed, *sizes)
+        for sizes in SIZES
+        if chosen in ((), sizes)
+        for name in names
+        for kind in LENGTHS
+        for packed in (False, True)
+    ]
+    processes = min(len(work), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return 0 if all(list(pool.map(check, *zip(*work, strict=True)))) else 1
 
 
 if __name__ == "__main__":
