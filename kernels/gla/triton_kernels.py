@@ -377,7 +377,10 @@ def walk_kernel(
             # [BK, C]: the state enters from registers.
             b_key_side = tl.dot(b_rounded, tl.trans(b_w), input_precision=PRECISION)
             b_products = tl.trans(b_x) * b_key_side
-            b_all = tl.sum(b_products, axis=1)
+            # From the state in fp32: the carry loses this in every chunk, and what rounding the
+            # state leaves out would add up.
+            b_own = tl.dot(tl.trans(b_x), b_w, input_precision=PRECISION)
+            b_all = tl.sum(b_state * b_own, axis=1)
             p_key_side = key_side + start.to(tl.int64) * H * K
             p_key_side += o_c[None, :] * (H * K) + o_k[:, None]
             p_sums = sums + 2 * (o_chunk - o_k) + o_k

@@ -75,9 +75,10 @@ that its gradient is in dk."""
 
 
 def lengthen_segments(steps: ModuleType) -> None:
-    """To several chunks, at lengths for which the launch settings make them short."""
+    """To many chunks, at lengths for which the launch settings make them short: errors that chunks
+    hand on show."""
     chosen = steps.settings
-    steps.settings = lambda *key: replace(chosen(*key), programs=1, longest=256)
+    steps.settings = lambda *key: replace(chosen(*key), programs=1, longest=2048)
 
 
 def check(name: str, dtype: torch.dtype, key_size: int, value_size: int) -> bool:
