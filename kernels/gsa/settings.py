@@ -1,4 +1,4 @@
-"""Launch settings of GSA's kernels, keyed by (compute capability, M, K, V) for 16-bit inputs."""
+"""Launch settings of GSA's kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from fla_dist.kernels.common.launch import Launch
 
 CHECKED: set[tuple[torch.dtype, int, int, int]] = set()
-"""(dtype, M, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the
-reference serves others."""
-SHORTEST = 512
-"""Tokens below which the reference serves: see fla_dist.kernels.simple_gla.settings."""
+"""(dtype, M, K, V) at which the kernels passed `python -m tests.kernels.gpu.check_gsa` on a GPU
+(compute capability 9.0); the reference serves others."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,18 @@ class Settings:
     spread: Launch
     source_gradient: Launch
     decay_gradient: Launch
-    programs: int = 1024
+    programs: int = 512
     longest: int = 1024
 
 
-TUNED: dict[tuple[int, int, int, int], Settings] = {}
-
-
 @lru_cache
-def settings(
-    capability: int, slots: int, key_size: int, value_size: int, itemsize: int
-) -> Settings:
-    """Of the table, or by a rule."""
-    if itemsize == 2 and (capability, slots, key_size, value_size) in TUNED:
-        return TUNED[capability, slots, key_size, value_size]
+def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
+    """By a rule: a program walks with 64 slots of a whole head, or, where columns of the state do
+    not depend on each other, of 128 columns of it."""
+    wide = max(key_size, value_size)
     if itemsize == 4:
-        launch = Launch(32, 4, 1)
-        return Settings(16, launch, launch, launch, launch, launch, launch, launch)
-    walk, pairs = Launch(128, 4, 3), Launch(32, 1, 1)
-    return Settings(16, Launch(64, 2, 1), walk, walk, pairs, walk, walk, pairs)
+        walk, pairs = Launch(32, 4 if wide <= 128 else 8, 1), Launch(32, 4, 1)
+        return Settings(16, pairs, walk, walk, pairs, walk, walk, pairs)
+    walk = Launch(128, 4, 3) if wide <= 128 else Launch(128, 8, 2)
+    pairs, scores, decays = Launch(64, 1, 1), Launch(64, 1, 1, 128), Launch(32, 1, 1)
+    return Settings(16, pairs, Launch(128, 4, 4), walk, scores, Launch(128, 4, 3), walk, decays)

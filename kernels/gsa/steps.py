@@ -8,10 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
 from fla_dist.kernels.common.segments import segment_length
-from fla_dist.kernels.gla.steps import _span_types, _spans
+from fla_dist.kernels.gla.steps import _spans
 from fla_dist.kernels.gsa.settings import Settings, settings
 from fla_dist.kernels.gsa.triton_kernels import (
     decay_gradient_kernel,
@@ -25,13 +24,22 @@ from fla_dist.kernels.gsa.triton_kernels import (
 from fla_dist.kernels.state import RESET
 
 
-def _settings(k: Tensor, v: Tensor, slots: int) -> tuple[Settings, int]:
+def _settings(k: Tensor, v: Tensor) -> tuple[Settings, int]:
     """The launch settings, and the tokens of a segment."""
-    chosen = settings(launches.capability(k), slots, k.shape[-1], v.shape[-1], k.element_size())
+    chosen = settings(k.shape[-1], v.shape[-1], k.element_size())
     batch, length, heads, _ = v.shape
     return chosen, segment_length(
         batch, length, heads, chosen.chunk, chosen.programs, chosen.longest
     )
+
+
+def _unit_type(dtype: torch.dtype) -> torch.dtype:
+    """Of numbers from 0 to 1: fp16 keeps three bits more of them than bf16."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def _exponent_spans(chosen: Settings, x: Tensor) -> Tensor:
+    return _spans(chosen.chunk, _unit_type(x.dtype), x.device)
 
 
 def _compiled(chosen: Settings, launch: Launch, x: Tensor, slots: int) -> dict[str, Any]:
@@ -58,14 +66,15 @@ def prepare(
     """decay_in and taken_out [B, H, T, M], the chunks' log decays [B, H, N, M], the products of the
     pairs [B, H, T, C], and what a gathers inside the chunk [B, H, T, M]."""
     batch, length, heads, slots = g.shape
-    chosen, _ = _settings(a, b, slots)
+    chosen, _ = _settings(a, b)
     launch, chunks = chosen.prepare, triton.cdiv(length, chosen.chunk)
-    decay_in, taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(3))
+    taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(2))
+    decay_in = torch.empty_like(inside, dtype=_unit_type(a.dtype))
     chunk_decay = a.new_empty(batch, heads, chunks, slots, dtype=torch.float32)
     products = a.new_empty(batch, heads, length, chosen.chunk)
     size = a.shape[-1]
     prepare_kernel[(chunks, batch * heads)](
-        a, b, g, doc_ids, _spans(chosen.chunk, _span_types(a.dtype)[0], g.device),
+        a, b, g, doc_ids, _exponent_spans(chosen, a),
         decay_in, taken_out, chunk_decay, products, inside,
         length, heads, slots, size, scale, *strides(a), *strides(b), *strides(g),
         RESET=RESET, LEVELS=_levels(chosen), BX=min(padded(size, a.element_size()), launch.block),
@@ -77,8 +86,9 @@ def prepare(
 @prepare.register_fake
 def _(a, b, g, doc_ids, scale):
     batch, length, heads, slots = g.shape
-    chunk = _settings(a, b, slots)[0].chunk
-    decay_in, taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(3))
+    chunk = _settings(a, b)[0].chunk
+    taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(2))
+    decay_in = torch.empty_like(inside, dtype=_unit_type(a.dtype))
     decay = a.new_empty(batch, heads, -(-length // chunk), slots, dtype=torch.float32)
     return decay_in, taken_out, decay, a.new_empty(batch, heads, length, chunk), inside
 
@@ -95,7 +105,7 @@ def summarize(
     """What each segment adds to the state, [B, S, H, M, W], and its log decays, [B, S, H, M, 1], of
     taken_out twice, k, v; or in reverse, the log decays left unwritten, of both c_in, q, do."""
     batch, heads, length, slots = y_keys.shape
-    chosen, segment = _settings(keys, values, slots)
+    chosen, segment = _settings(keys, values)
     count, width = -(-length // segment), keys.shape[-1] + values.shape[-1]
     state = keys.new_empty(batch, count, heads, slots, width, dtype=torch.float32)
     log_decay = keys.new_empty(batch, count, heads, slots, 1, dtype=torch.float32)
@@ -114,7 +124,7 @@ def summarize(
 @summarize.register_fake
 def _(y_keys, y_values, keys, values, chunk_decay, reverse):
     batch, heads, length, slots = y_keys.shape
-    shape = batch, -(-length // _settings(keys, values, slots)[1]), heads, slots
+    shape = batch, -(-length // _settings(keys, values)[1]), heads, slots
     return (
         keys.new_empty(*shape, keys.shape[-1] + values.shape[-1], dtype=torch.float32),
         keys.new_empty(*shape, 1, dtype=torch.float32),
@@ -128,23 +138,27 @@ def _gather(
     out_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, length, slots = inside.shape
-    out, out_in = torch.empty_like(inside), torch.empty_like(inside)
+    backward = weights is not None
+    out = torch.empty_like(inside, dtype=inside.dtype if backward else decay_in.dtype)
+    out_in = torch.empty_like(inside)
     gather_kernel[(state.shape[1], batch * heads)](
         a, b, decay_in, taken_out, chunk_decay, inside, state, weights, inherited, out, out_in,
         exponents, sums,
         length, heads, slots, a.shape[-1], state.shape[-1], offset, segment, scale, out_scale,
         *strides(a), *strides(b),
-        BX=padded(a.shape[-1], a.element_size()), BACKWARD=weights is not None,
+        BX=padded(a.shape[-1], a.element_size()), BACKWARD=backward,
         **_walk(chosen, chosen.gather, a, slots),
     )  # fmt: skip
     return out, out_in
 
 
-def _scores(c: Tensor, g: Tensor, doc_ids: Tensor | None, chosen: Settings) -> Tensor:
+def _scores(
+    c: Tensor, g: Tensor, doc_ids: Tensor | None, dtype: torch.dtype, chosen: Settings
+) -> Tensor:
     batch, heads, length, slots = c.shape
-    scores = c.new_empty(batch, heads, length, chosen.chunk)
+    scores = c.new_empty(batch, heads, length, chosen.chunk, dtype=dtype)
     score_kernel[(triton.cdiv(length, chosen.chunk), batch * heads)](
-        c, g, doc_ids, _spans(chosen.chunk, _span_types(c.dtype)[0], g.device), scores,
+        c, g, doc_ids, _exponent_spans(chosen, c), scores,
         length, heads, slots, *strides(g),
         LEVELS=_levels(chosen), PACKED=doc_ids is not None,
         **_compiled(chosen, chosen.scores, c, slots),
@@ -184,13 +198,13 @@ def output(
     """o [B, T, H, V] from the states that enter the segments; the softmax' weights, these times
     decay_in, and the part of its arguments that came with the state, all [B, H, T, M]; the scores
     of the pairs, [B, H, T, C]."""
-    chosen, segment = _settings(k, v, g.shape[-1])
+    chosen, segment = _settings(k, v)
     inherited = torch.empty_like(inside)
     weights, weights_in = _gather(
         q, k, decay_in, taken_out, chunk_decay, inside, entering, 0, None, inherited, None, None,
         chosen, segment, scale, 1.0,
     )  # fmt: skip
-    scores = _scores(weights, g, doc_ids, chosen)
+    scores = _scores(weights, g, doc_ids, v.dtype, chosen)
     o = _spread(
         weights_in, v, taken_out, chunk_decay, scores, entering, k.shape[-1], chosen, segment, 1.0
     )
@@ -199,8 +213,8 @@ def output(
 
 @output.register_fake
 def _(q, k, v, g, doc_ids, decay_in, taken_out, chunk_decay, inside, entering, scale):
-    chunk = _settings(k, v, g.shape[-1])[0].chunk
-    of_slots = (torch.empty_like(inside) for _ in range(3))
+    chunk = _settings(k, v)[0].chunk
+    of_slots = (torch.empty_like(x) for x in (decay_in, inside, inside))
     return v.new_empty(v.shape), *of_slots, inside.new_empty(*inside.shape[:3], chunk)
 
 
@@ -221,7 +235,7 @@ def softmax_gradient(
     """The gradients of the softmax' arguments, these times scale · decay_in, and the gradients of
     the exponents G_t, all [B, H, T, M]; the latter's sums over chunks, of keys and of values,
     [2, B, H, N, M]."""
-    chosen, segment = _settings(k, v, inside.shape[-1])
+    chosen, segment = _settings(k, v)
     exponents, sums = torch.empty_like(inside), chunk_decay.new_empty(2, *chunk_decay.shape)
     gradients, gradients_in = _gather(
         do, v, decay_in, taken_out, chunk_decay, inside, entering, k.shape[-1], weights, inherited,
@@ -260,8 +274,8 @@ def source_gradients(
     them; and for dg the gradient of taken_out [B, H, T, M] and the carries over whole chunks, of
     keys and of values, [2, B, H, N, M]."""
     batch, heads, length, slots = taken_out.shape
-    chosen, segment = _settings(k, v, slots)
-    key_scores = _scores(gradients, g, doc_ids, chosen)
+    chosen, segment = _settings(k, v)
+    key_scores = _scores(gradients, g, doc_ids, k.dtype, chosen)
     dq = _spread(
         gradients_in, k, taken_out, chunk_decay, key_scores, entering, 0, chosen, segment, scale
     )
@@ -306,14 +320,14 @@ def decay_gradient(
 ) -> Tensor:
     """dg [B, T, H, M]."""
     batch, length, heads, slots = g.shape
-    chosen, _ = _settings(k, v, slots)
+    chosen, _ = _settings(k, v)
     launch, dg = chosen.decay_gradient, g.new_empty(g.shape)
-    spans, gradient_spans = (_spans(chosen.chunk, kind, g.device) for kind in _span_types(k.dtype))
+    gradient_spans = _spans(chosen.chunk, k.dtype, g.device)
     compiled = _compiled(chosen, launch, k, slots)
     compiled["BM"] = min(compiled["BM"], launch.block)
     decay_gradient_kernel[(carries.shape[3], triton.cdiv(slots, compiled["BM"]), batch * heads)](
         g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,
-        doc_ids, spans, gradient_spans, dg,
+        doc_ids, _exponent_spans(chosen, k), gradient_spans, dg,
         length, heads, slots, *strides(g),
         LEVELS=_levels(chosen), PACKED=doc_ids is not None, **compiled,
     )  # fmt: skip

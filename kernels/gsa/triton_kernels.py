@@ -38,9 +38,8 @@ from fla_dist.kernels.gla.triton_kernels import chunk_documents, is_later, level
 def taken(b_g):
     """f = 1 - e^g, by its series where g is small."""
     b_g = b_g.to(tl.float32)
-    b_series = 1 + b_g / 4 * (1 + b_g / 5 * (1 + b_g / 6 * (1 + b_g / 7)))
-    b_series = -b_g * (1 + b_g / 2 * (1 + b_g / 3 * b_series))
-    return tl.where(b_g > -0.25, b_series, 1 - tl.exp2(b_g * LOG2_E))
+    b_series = -b_g * (1 + b_g * 0.5 * (1 + b_g * 0.33333333 * (1 + b_g * 0.25)))
+    return tl.where(b_g > -0.0625, b_series, 1 - tl.exp2(b_g * LOG2_E))
 
 
 @triton.jit
@@ -237,7 +236,7 @@ def gather_kernel(
         else:
             b_gathered = tl.where(mask_m[None, :], b_gathered * LOG2_E, -float("inf"))
             b_out = tl.exp2(b_gathered - tl.max(b_gathered, axis=1)[:, None])
-            b_out /= tl.sum(b_out, axis=1)[:, None]
+            b_out *= (1 / tl.sum(b_out, axis=1))[:, None]
             b_argument = b_inherited.to(inherited.dtype.element_ty)
             tl.store(inherited + o_cm, b_argument, mask=mask_cm)
         tl.store(out + o_cm, b_out.to(out.dtype.element_ty), mask=mask_cm)

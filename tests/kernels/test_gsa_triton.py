@@ -12,9 +12,9 @@ from tests.kernels.interpreter import interpreted, run_interpreted
 
 
 @interpreted
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("slots", "decay"), [(16, "normal"), (12, "strong"), (64, "mixed")]
+    ("slots", "decay", "packed"),
+    [(16, "normal", False), (12, "strong", True), (64, "mixed", True)],
 )
 def test_interpreter_matches_reference(slots, decay, packed, monkeypatch):
     launch = Launch(16, 4, 1)
