@@ -70,6 +70,11 @@ def torchrun(ranks: int) -> list[str]:
     ]
 
 
+def forked(ranks: int) -> list[str]:
+    """Where the launcher itself does not matter, and it is over in a third of the time."""
+    return [sys.executable, "-m", "tests.training.forked", str(ranks)]
+
+
 def deepspeed(ranks: int) -> list[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
     return [str(launcher), f"--num_accelerators={ranks}", f"--master_port={free_port()}"]

@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 
 from tests.training import launching
-from tests.training.launching import PYTHON, deepspeed, finish, records, run, torchrun, write_run
+from tests.training.launching import (
+    PYTHON,
+    deepspeed,
+    finish,
+    forked,
+    records,
+    run,
+    torchrun,
+    write_run,
+)
 
 STEPS = 10
 
@@ -88,7 +97,7 @@ def test_a_second_stage_goes_on_at_another_sequence_length(
         deepspeed={"train_micro_batch_size_per_gpu": 1},
     )
     before = records(finished)
-    code, output = run(torchrun(2), "--config", path)
+    code, output = run(forked(2), "--config", path)
     assert code == 0, output
     after = records(finished)[STEPS:]
     assert [record["step"] for record in after] == [STEPS + 1, STEPS + 2, STEPS + 3]
@@ -207,7 +216,7 @@ def test_generation_from_a_checkpoint(whole: Path) -> None:
 
 
 def resume(folder: Path, *overrides: str) -> tuple[int, str]:
-    return run(torchrun(2), "--config", str(folder / "run.json"), *own_paths(folder), *overrides)
+    return run(forked(2), "--config", str(folder / "run.json"), *own_paths(folder), *overrides)
 
 
 def own_paths(folder: Path) -> list[str]:
@@ -296,7 +305,7 @@ def refusals(output: str) -> int:
 def test_refusals_end_all_ranks_with_one_message(
     tmp_path: Path, text: Path, cache: Path, overrides: dict[str, Any], parts: list[str]
 ) -> None:
-    code, output = run(torchrun(2), "--config", write_run(tmp_path, text, cache, **overrides))
+    code, output = run(forked(2), "--config", write_run(tmp_path, text, cache, **overrides))
     assert code != 0 and refusals(output) == 1, output
     assert 'launch/pretrain.py", line' not in output  # no traceback of ours
     for part in parts:
@@ -308,6 +317,6 @@ def test_a_bad_line_found_while_training_ends_all_ranks(tmp_path: Path, cache: P
     bad.write_text('{"text": "good"}\n{"no": "text"}\n')
     good_tokenizer = {"train": {"vocab_size": 512, "sources": [{"path": "python-docs:"}]}}
     config = write_run(tmp_path, bad, cache, tokenizer=good_tokenizer)
-    code, output = run(torchrun(2), "--config", config)
+    code, output = run(forked(2), "--config", config)
     assert code != 0 and refusals(output) == 1, output
     assert "bad.jsonl" in output and "2" in output
