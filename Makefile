@@ -28,7 +28,7 @@ SETTINGS := --deepspeed.torch_autocast.enabled true \
 	--training.global_batch_tokens $(shell echo $$((4096 * (($(RANKS) + 1) / 2))))
 endif
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint compile-check clean
 
 demo: $(INSTALLED)
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; $(LAUNCH) --master_port $$(python -c '$(FREE_PORT)') \
@@ -44,6 +44,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# The Triton kernels, compiled for GPUs that need not be here.
+compile-check: $(INSTALLED)
+	TRITON_CACHE_DIR="$(CURDIR)/build/triton" OMP_NUM_THREADS=1 \
+		$(BIN)/python launch/benchmark.py compile-check
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
