@@ -1,4 +1,5 @@
-"""Mamba-2's state space dual: the public function, a setting of simple GLA."""
+"""Mamba-2's state space dual: the public function, a setting of simple GLA whose kernels also take
+Δ and D."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla_dist.kernels.common.fold import on_gpu
+from fla_dist.kernels.common.launch import rows_contiguous
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.mamba2.reference import of_heads
 from fla_dist.kernels.simple_gla import simple_gla
+from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA, has_kernels
 from fla_dist.kernels.state import LOCAL, Scan
 
 
@@ -73,8 +77,16 @@ def state_space_dual(
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
     dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
     # The paper's section 4: C is attention's query, B its key, Δ x its value, Δ A its log decay.
+    log_decay = dt * A
+    if has_kernels(C, x, log_decay):
+        C, B, x = rows_contiguous(C), rows_contiguous(B), rows_contiguous(x)
+        doc_ids = None if doc_ids is None else doc_ids.contiguous()
+        D = None if D is None else D.float()
+        return SegmentedSimpleGLA.apply(
+            C, B, x, log_decay, initial_state, doc_ids, 1.0, on_gpu(scan), dt, D
+        )
     y, state = simple_gla(
-        of_heads(C, heads), of_heads(B, heads), (dt[..., None] * x).to(x.dtype), dt * A,
+        of_heads(C, heads), of_heads(B, heads), (dt[..., None] * x).to(x.dtype), log_decay,
         scale=1.0, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
     )  # fmt: skip
     return y if D is None else (y + D[:, None] * x).to(x.dtype), state

@@ -11,21 +11,29 @@ from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
-from fla_dist.kernels.simple_gla.settings import CHECKED, SHORTEST
-from fla_dist.kernels.simple_gla.steps import backward, output, summarize
+from fla_dist.kernels.simple_gla.settings import CHECKED
+from fla_dist.kernels.simple_gla.steps import (
+    decay_gradient,
+    key_gradient,
+    output,
+    query_gradient,
+    summarize,
+    value_gradient,
+)
 from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 
 class SegmentedSimpleGLA(torch.autograd.Function):
     """Summarize the segments, join them, walk them; the backward mirrors it. Saves the states that
-    enter segments, no others."""
+    enter segments, no others. step and skip: as fla_dist.kernels.simple_gla.steps has them."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
-        state, log_decay = summarize(k, v, g, doc_ids, 1.0, False)
+    def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan, step=None, skip=None):
+        with_decay = ctx.needs_input_grad[3]
+        state, log_decay = summarize(k, v, g, step, doc_ids, 1.0, False, with_decay)
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
-        ctx.save_for_backward(q, k, v, g, doc_ids, entering, final)
+        ctx.save_for_backward(q, k, v, g, doc_ids, step, skip, entering, log_decay)
         ctx.pending, ctx.scan, ctx.scale, ctx.has_initial = (
             pending,
             scan,
@@ -33,45 +41,40 @@ class SegmentedSimpleGLA(torch.autograd.Function):
             initial_state is not None,
         )
         ctx.set_materialize_grads(False)
-        return output(q, k, v, g, doc_ids, entering, scale), final
+        return output(q, k, v, g, step, skip, doc_ids, entering, scale), final
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, g, doc_ids, entering, final = ctx.saved_tensors
+        q, k, v, g, doc_ids, step, skip, entering, log_decay = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
-        state_gradient, _ = summarize(q, do, g, doc_ids, ctx.scale, True)
-        leaving_gradient, initial_gradient = ctx.scan.start(
+        with_decay, scale = ctx.needs_input_grad[3], ctx.scale
+        state_gradient, _ = summarize(q, do, g, step, doc_ids, scale, True, with_decay)
+        pending = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
-        ).wait()
-        dq, dk, dv, dg = backward(
-            q,
-            k,
-            v,
-            do,
-            g,
-            doc_ids,
-            entering,
-            final,
-            leaving_gradient,
-            ctx.scale,
-            ctx.needs_input_grad[3],
         )
-        if not ctx.needs_input_grad[3]:
-            dg = None
-        elif g.ndim == 1:
-            dg = dg.sum(dim=(0, 1)).to(g.dtype)
-        else:
-            dg = dg.to(g.dtype)
-        return dq, dk, dv, dg, initial_gradient if ctx.has_initial else None, None, None, None
+        dq, query_sums = query_gradient(q, k, v, do, g, step, doc_ids, entering, scale, with_decay)
+        leaving_gradient, initial_gradient = pending.wait()
+        arguments = (doc_ids, leaving_gradient, scale)
+        dk, *key_sums = key_gradient(q, k, v, do, g, step, *arguments, with_decay)
+        dv, dstep, dskip = value_gradient(q, k, v, do, g, step, skip, *arguments)
+        dg = None
+        if with_decay:
+            dg = decay_gradient(
+                q, v, query_sums, *key_sums, g, doc_ids, entering, log_decay, state_gradient,
+                leaving_gradient,
+            )  # fmt: skip
+            dg = (dg.sum(dim=(0, 1)) if g.ndim == 1 else dg).to(g.dtype)
+        return (
+            dq, dk, dv, dg, initial_gradient if ctx.has_initial else None, None, None, None,
+            None if step is None else dstep, None if skip is None else dskip,
+        )  # fmt: skip
 
 
-def _has_kernels(q: Tensor, v: Tensor, g: Tensor | None) -> bool:
+def has_kernels(q: Tensor, v: Tensor, g: Tensor | None) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
     if capability(q) != 90 or (q.dtype, q.shape[-1], v.shape[-1]) not in CHECKED:
         return False
-    if g is None or not (g.requires_grad and torch.is_grad_enabled()):
-        return True
-    return g.ndim == 3 and q.shape[1] >= SHORTEST
+    return g is None or g.ndim == 3 or not (g.requires_grad and torch.is_grad_enabled())
 
 
 def scalar_decay_attention(
@@ -88,7 +91,7 @@ def scalar_decay_attention(
     """What simple GLA, retention and linear attention have in common, once their arguments are
     checked."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not _has_kernels(q, v, g):
+    if not has_kernels(q, v, g):
         o, final_state = simple_gla_chunked(
             q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
         )

@@ -11,27 +11,16 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
-CHECKED = {
-    *((torch.bfloat16, k, v) for k, v in ((24, 40), (64, 64), (64, 128), (96, 160))),
-    *(
-        (torch.bfloat16, k, v)
-        for k, v in ((128, 64), (128, 128), (256, 64), (256, 256), (256, 512))
-    ),
-    (torch.float16, 128, 128),
-}
+CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (128, 64), (128, 128))}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
-SHORTEST = 512
-"""Tokens below which the reference gives the decay's gradient, as it does a fixed decay's. Where
-the final state's gradient outweighs the outputs', what it gives the decays of the last chunk is the
-small difference of two large numbers that bf16 has rounded, and short sequences have no more.
-"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """chunk: tokens.  output: of o and dv.  key_gradient: of dq and dk.  programs: as many as a
-    launch needs to fill the GPU. longest: tokens of a segment at most.
+    """chunk: tokens.  output: of o and dv.  key_gradient: of dq and dk, and heads: of one of its
+    programs, where heads share q and k.  programs: as many as a launch needs to fill the GPU.
+    longest: tokens of a segment at most.
     """
 
     chunk: int
@@ -40,6 +29,7 @@ class Settings:
     key_gradient: Launch
     programs: int = 1024
     longest: int = 1024
+    heads: int = 1
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)

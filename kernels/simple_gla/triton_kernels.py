@@ -6,13 +6,15 @@ every output and gradient is one of two sums over the pairs of tokens s <= t, D_
     forward in time     o_t  = Σ D_ts (q_t·k_s) v_s        dq_t = Σ D_ts (do_t·v_s) k_s
     backward in time    dv_s = Σ D_ts (k_s·q_t) do_t       dk_s = Σ D_ts (v_s·do_t) q_t
 
-each of the form Σ D (x·y) z. `output_kernel` computes any of them, walking the chunks of a segment
-with the running state Σ y zᵀ in registers; `summarize_kernel` computes a segment's state from
-zero. No state of a chunk is written to memory.
+each of the form Σ D (x·y) z. `value_kernel` computes those on the left, `key_kernel` those on the
+right, walking the chunks of a segment with the running state Σ y zᵀ in registers;
+`summarize_kernel` computes a segment's state from zero. No state of a chunk is written to memory.
+Mamba-2 adds a weight a token and head, its step Δ: D_ts = exp(G_t - G_s) Δ_s.
 
 Notation: B batch, T tokens, H heads, K and V head sizes; X, Z the sizes of x (and y) and of z; C
-tokens a chunk; S segments. q, k, v, o and gradients are [B, T, H, ·], their last axis contiguous;
-states are [B, S, H, K, V] fp32.
+tokens a chunk; S segments. v, o and their gradients are [B, T, H, V], q and k [B, T, Q, K] with
+Q heads that serve H / Q heads of v each; their last axis is contiguous. States are
+[B, S, H, K, V] fp32.
 `b_*` blocks in registers, `p_*` pointers, `o_*` offsets. A document reaches across chunks as
 kernels/common/documents.py says.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_dist.kernels.common.segments import LOG2_E, negligible
+from fla_dist.kernels.common.segments import LOG2_E
 
 NO_DECAY: tl.constexpr = tl.constexpr(0)
 HEAD_DECAY: tl.constexpr = tl.constexpr(1)
@@ -32,12 +34,13 @@ TOKEN_DECAY: tl.constexpr = tl.constexpr(2)
 @triton.jit
 def chunk_decay(
     g, doc_ids, start, T, g_stride_t, head_decay,
-    C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr = False,
 ):  # fmt: skip
     """What happens between the tokens of the chunk at `start`; g and doc_ids point to the
     sequence's first token.
 
-    Returns: G [C] in log2, document [C], the decay from the chunk's start to each token [C] and
+    Returns: G [C] in log2 (fp64 if EXACT: where decays are strong, differences of fp32 sums are
+    not exact to fp32), document [C], the decay from the chunk's start to each token [C] and
     from each token to its end [C] (0 where a document start lies between), and the decay over the
     whole chunk.
     """
@@ -45,15 +48,16 @@ def chunk_decay(
     valid = T - start
     if DECAY == TOKEN_DECAY:
         p_g = g + start.to(tl.int64) * g_stride_t + o_c * g_stride_t
-        b_g = tl.load(p_g, mask=o_c < valid, other=0.0).to(tl.float32) * LOG2_E
+        b_g = tl.load(p_g, mask=o_c < valid, other=0.0).to(tl.float64 if EXACT else tl.float32)
+        b_g *= LOG2_E
         b_total = tl.sum(b_g, axis=0)
         b_sum = tl.cumsum(b_g, axis=0)
     else:
         b_sum = (o_c + 1).to(tl.float32) * head_decay
         b_total = tl.minimum(valid, C).to(tl.float32) * head_decay
-    b_from_start = tl.exp2(b_sum)
-    b_to_end = tl.exp2(tl.minimum(b_total - b_sum, 0.0))
-    b_through = tl.exp2(b_total)
+    b_from_start = tl.exp2(b_sum.to(tl.float32))
+    b_to_end = tl.exp2(tl.minimum((b_total - b_sum).to(tl.float32), 0.0))
+    b_through = tl.exp2(b_total.to(tl.float32))
     b_document = o_c
     if PACKED:
         b_document = tl.load(doc_ids + start + tl.minimum(o_c, valid - 1))
@@ -77,7 +81,7 @@ def pair_decay(b_sum, b_document, C: tl.constexpr, PACKED: tl.constexpr, REVERSE
         b_exponent = b_sum[:, None] - b_sum[None, :]
     if PACKED:
         b_pair = b_pair & (b_document[:, None] == b_document[None, :])
-    return tl.exp2(tl.where(b_pair, b_exponent, float("-inf")))
+    return tl.exp2(tl.where(b_pair, b_exponent.to(tl.float32), float("-inf")))
 
 
 @triton.jit
@@ -88,13 +92,59 @@ def head_log2_decay(g, head, DECAY: tl.constexpr):
 
 
 @triton.jit
+def split_dot(b_a, b_b, b_sum, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sum + b_a @ b_b for an fp32 b_b, rounded to b_a's type, or with SPLIT as the sum of two
+    numbers of that type.
+
+    The decay's gradient is made of sums whose large parts cancel; with SPLIT all of them come from
+    the same states."""
+    b_high = b_b.to(b_a.dtype)
+    b_sum = tl.dot(b_a, b_high, b_sum, input_precision=PRECISION)
+    if SPLIT:
+        b_low = (b_b - b_high.to(tl.float32)).to(b_a.dtype)
+        b_sum = tl.dot(b_a, b_low, b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
+def live_decay(
+    g, doc_ids, start, T, g_stride_t, head_decay,
+    C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """`chunk_decay` where rows beyond the sequence hold its last token: nothing comes out of
+    them."""
+    b_sum, b_document, b_from_start, b_to_end, b_through = chunk_decay(
+        g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED, EXACT
+    )
+    b_live = tl.arange(0, C) < T - start
+    b_sum = tl.where(b_live, b_sum, -1e30)
+    b_from_start = tl.where(b_live, b_from_start, 0.0)
+    b_to_end = tl.where(b_live, b_to_end, 0.0)
+    return b_sum, b_document, b_from_start, b_to_end, b_through
+
+
+@triton.jit
+def load_rows(x, start, T, stride, o_c, o_x, X, EVEN: tl.constexpr):
+    """[C, X] of a sequence's rows from `start` on; beyond its end the last row again. Masks of
+    rows would be carried from one chunk to the next, in registers."""
+    o_row = tl.minimum(o_c, T - 1 - start)
+    p_x = x + start.to(tl.int64) * stride + o_row[:, None] * stride + o_x[None, :]
+    if EVEN:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=(o_x < X)[None, :], other=0.0)
+    return b_x
+
+
+@triton.jit
 def summarize_kernel(
-    y, z, g, doc_ids, state, log_decay,
-    T, H, X, Z, segment, scale,
+    y, z, g, step, doc_ids, state, log_decay,
+    T, H, sharing, segment, scale,
     y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t, z_stride_h, g_stride_b, g_stride_t,
-    g_stride_h,
-    RESET: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
-    DECAY: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    g_stride_h, step_stride_b, step_stride_t, step_stride_h,
+    RESET: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
+    BZ: tl.constexpr, DECAY: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state Σ y zᵀ that a segment's tokens leave at its end, or in reverse at its start.
 
@@ -114,11 +164,13 @@ def summarize_kernel(
         block_z * BZ + tl.arange(0, BZ),
     )
     mask_x, mask_z = o_x < X, o_z < Z
-    y += batch.to(tl.int64) * y_stride_b + head.to(tl.int64) * y_stride_h
+    y += batch.to(tl.int64) * y_stride_b + (head // sharing).to(tl.int64) * y_stride_h
     z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
     head_decay = head_log2_decay(g, head, DECAY)
     if DECAY == TOKEN_DECAY:
         g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    if STEP:
+        step += batch.to(tl.int64) * step_stride_b + head.to(tl.int64) * step_stride_h
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
 
@@ -126,16 +178,17 @@ def summarize_kernel(
     for i in range(chunks):
         start = first + (chunks - 1 - i if REVERSE else i) * C
         mask_c = o_c < T - start
-        p_y = y + start.to(tl.int64) * y_stride_t + o_x[:, None] + o_c[None, :] * y_stride_t
-        p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_z[None, :]
-        b_y = tl.load(p_y, mask=mask_x[:, None] & mask_c[None, :], other=0.0)  # [BX, C]
-        b_z = tl.load(p_z, mask=mask_c[:, None] & mask_z[None, :], other=0.0)  # [C, BZ]
-        _, _, b_from_start, b_to_end, b_through = chunk_decay(
-            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
+        b_y = load_rows(y, start, T, y_stride_t, o_c, o_x, X, X % BX == 0)
+        b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
+        _, _, b_from_start, b_to_end, b_through = live_decay(
+            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED, PRECISION == "ieee"
         )
         b_weight = b_from_start * scale if REVERSE else b_to_end * scale
-        b_z = (b_z * b_weight[:, None]).to(b_z.dtype)
-        b_state = tl.dot(b_y, b_z, b_state * b_through, input_precision=PRECISION)
+        if STEP and not REVERSE:
+            p_step = step + (start + o_c).to(tl.int64) * step_stride_t
+            b_weight *= tl.load(p_step, mask=mask_c, other=0.0)
+        b_z = b_z.to(tl.float32) * b_weight[:, None]
+        b_state = split_dot(tl.trans(b_y), b_z, b_state * b_through, SPLIT, PRECISION)
 
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     p_state = state + stretch * X * Z + o_x[:, None] * Z + o_z[None, :]
@@ -158,25 +211,24 @@ def summarize_kernel(
 
 
 @triton.jit
-def output_kernel(
-    x, y, z, own, g, doc_ids, state, out, pair_sums, state_sums,
-    T, H, X, Z, segment, scale,
+def value_kernel(
+    x, y, z, own, g, step, skip, doc_ids, state, out, step_gradient, skip_gradient,
+    T, H, sharing, segment, scale,
     x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t,
-    z_stride_h,
-    own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h, state_stride_x,
-    state_stride_z,
-    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    z_stride_h, own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h,
+    step_stride_b, step_stride_t, step_stride_h,
+    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    DECAY: tl.constexpr, STEP: tl.constexpr, SKIP: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = scale · Σ D (x·y) z over the tokens of a segment and, through the state that enters
-    it, all before (or after) it.
+    """o from x = q, y = k, z = v, or in reverse dv from x = k, y = q, z = do: scale · Σ D (x·y) z
+    over the tokens of a segment and, through the state that enters it, all before (or after) it;
+    with SKIP also skip · z.
 
     Grid: (blocks of Z, S, B·H). One program owns [BX >= X, BZ] of a segment's running state. Reads
-    x and y once a block, z and the entering state once, writes out once. With SUMS it also writes
-    what the decay's gradient is made of: to `state_sums` what of Σ_Z own · out came through the
-    state, and in reverse to `pair_sums` what a token's pairs in its chunk gave it as the later of
-    the two less what they gave it as the earlier; one matrix gives both, so that they cancel where
-    they must.
+    x and y once a block, z and the entering state once, writes out once: bound by memory. In
+    reverse, with STEP and SKIP, it reads own = v and writes its block's part of Δ's gradient and
+    of skip's, one number a token.
     """
     block_z, segment_index = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // H, tl.program_id(2) % H
@@ -185,58 +237,62 @@ def output_kernel(
     chunks = tl.cdiv(end - first, C)
     o_c, o_x, o_z = tl.arange(0, C), tl.arange(0, BX), block_z * BZ + tl.arange(0, BZ)
     mask_x, mask_z = o_x < X, o_z < Z
-    x += batch.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
-    y += batch.to(tl.int64) * y_stride_b + head.to(tl.int64) * y_stride_h
+    shared = (head // sharing).to(tl.int64)
+    x += batch.to(tl.int64) * x_stride_b + shared * x_stride_h
+    y += batch.to(tl.int64) * y_stride_b + shared * y_stride_h
     z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
     out += (batch.to(tl.int64) * T * H + head) * Z
     head_decay = head_log2_decay(g, head, DECAY)
     if DECAY == TOKEN_DECAY:
         g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    if STEP:
+        step += batch.to(tl.int64) * step_stride_b + head.to(tl.int64) * step_stride_h
+    if SKIP:
+        skip_weight = tl.load(skip + head)
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
-    if SUMS:
+    if REVERSE and (STEP or SKIP):
         own += batch.to(tl.int64) * own_stride_b + head.to(tl.int64) * own_stride_h
-        sums_block = block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
-        pair_sums += sums_block * T
-        state_sums += sums_block * T
+        sums = (block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * T
 
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
-    p_state = (
-        state + stretch * X * Z + o_x[:, None] * state_stride_x + o_z[None, :] * state_stride_z
-    )
+    p_state = state + stretch * X * Z + o_x[:, None] * Z + o_z[None, :]
     b_state = tl.load(p_state, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
 
     for i in range(chunks):
         start = first + (chunks - 1 - i if REVERSE else i) * C
         mask_c = o_c < T - start
-        mask_cx, mask_cz = mask_c[:, None] & mask_x[None, :], mask_c[:, None] & mask_z[None, :]
-        p_x = x + start.to(tl.int64) * x_stride_t + o_c[:, None] * x_stride_t + o_x[None, :]
-        p_y = y + start.to(tl.int64) * y_stride_t + o_c[:, None] * y_stride_t + o_x[None, :]
-        p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_z[None, :]
-        b_x = tl.load(p_x, mask=mask_cx, other=0.0)
-        b_y = tl.load(p_y, mask=mask_cx, other=0.0)
-        b_z = tl.load(p_z, mask=mask_cz, other=0.0)
-        b_sum, b_document, b_from_start, b_to_end, b_through = chunk_decay(
-            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
+        mask_cz = mask_c[:, None] & mask_z[None, :]
+        b_x = load_rows(x, start, T, x_stride_t, o_c, o_x, X, X % BX == 0)
+        b_y = load_rows(y, start, T, y_stride_t, o_c, o_x, X, X % BX == 0)
+        b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
+        b_sum, b_document, b_from_start, b_to_end, b_through = live_decay(
+            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED, PRECISION == "ieee"
         )
         b_into = b_to_end if REVERSE else b_from_start * scale  # what of the state a token sees
         b_out_of = b_from_start * scale if REVERSE else b_to_end  # what of a token the state sees
         b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
         b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
+        if STEP:
+            p_step = step + (start + o_c).to(tl.int64) * step_stride_t
+            b_step = tl.load(p_step, mask=mask_c, other=0.0)
+            if not REVERSE:
+                b_score *= b_step[None, :]
+                b_out_of *= b_step
         b_out = tl.dot(b_x, b_state.to(b_x.dtype), input_precision=PRECISION) * b_into[:, None]
-        if SUMS:
-            p_own = (
-                own + start.to(tl.int64) * own_stride_t + o_c[:, None] * own_stride_t + o_z[None, :]
-            )
-            b_own = tl.load(p_own, mask=mask_cz, other=0.0)
-            tl.store(
-                state_sums + start + o_c, tl.sum(b_own.to(tl.float32) * b_out, axis=1), mask=mask_c
-            )
-            if REVERSE:
-                b_amount = b_score * tl.dot(b_own, tl.trans(b_z), input_precision=PRECISION)
-                b_amount = tl.sum(b_amount, axis=0) - tl.sum(tl.trans(b_amount), axis=0)
-                tl.store(pair_sums + start + o_c, b_amount, mask=mask_c)
         b_out = tl.dot(b_score.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+        if REVERSE and (STEP or SKIP):
+            b_own = load_rows(own, start, T, own_stride_t, o_c, o_z, Z, Z % BZ == 0).to(tl.float32)
+            if STEP:
+                b_amount = tl.sum(b_own * b_out, axis=1)
+                tl.store(step_gradient + sums + start + o_c, b_amount, mask=mask_c)
+            if SKIP:
+                b_amount = tl.sum(b_own * b_z.to(tl.float32), axis=1)
+                tl.store(skip_gradient + sums + start + o_c, b_amount, mask=mask_c)
+        if REVERSE and STEP:
+            b_out *= b_step[:, None]
+        if SKIP:
+            b_out += b_z.to(tl.float32) * skip_weight
         p_out = out + start.to(tl.int64) * H * Z + o_c[:, None] * (H * Z) + o_z[None, :]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cz)
         b_z = (b_z * b_out_of[:, None]).to(b_z.dtype)
@@ -244,20 +300,135 @@ def output_kernel(
 
 
 @triton.jit
+def key_kernel(
+    x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums,
+    T, H, sharing, segment, scale,
+    x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t,
+    z_stride_h, own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h,
+    step_stride_b, step_stride_t, step_stride_h,
+    HEADS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
+    BZ: tl.constexpr, DECAY: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
+    REVERSE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq from x = do, y = v, z = k, or in reverse dk from x = v, y = do, z = q: scale · Σ D (x·y) z
+    over HEADS heads that share q and k, over the tokens of a segment and, through the states that
+    enter it, all before (or after) it.
+
+    Grid: (blocks of Z, S, B·H / HEADS). One program owns [BX >= X, BZ] of each head's running
+    state. Reads x and y once a block, z and the entering states once, writes out once: bound by
+    memory. With SUMS it reads own (q, or in reverse k) and writes what the decay's gradient is made
+    of: to `state_sums` what of Σ_Z own · out came through the state, and in reverse to `pair_sums`
+    what a token's pairs in its chunk gave it as the later of the two less what they gave it as the
+    earlier; one matrix gives both, so that they cancel where they must.
+    """
+    block_z, segment_index = tl.program_id(0), tl.program_id(1)
+    parts = H // HEADS
+    batch, part = tl.program_id(2) // parts, tl.program_id(2) % parts
+    first = segment_index * segment
+    end = tl.minimum(first + segment, T)
+    chunks = tl.cdiv(end - first, C)
+    o_c, o_x, o_z = tl.arange(0, C), tl.arange(0, BX), block_z * BZ + tl.arange(0, BZ)
+    mask_x, mask_z = o_x < X, o_z < Z
+    shared = (part * HEADS // sharing).to(tl.int64)
+    x += batch.to(tl.int64) * x_stride_b
+    y += batch.to(tl.int64) * y_stride_b
+    z += batch.to(tl.int64) * z_stride_b + shared * z_stride_h
+    out += (batch.to(tl.int64) * T * parts + part) * Z
+    if DECAY == TOKEN_DECAY:
+        g += batch.to(tl.int64) * g_stride_b
+    if STEP:
+        step += batch.to(tl.int64) * step_stride_b
+    if PACKED:
+        doc_ids += batch.to(tl.int64) * T
+    if SUMS:
+        own += batch.to(tl.int64) * own_stride_b + shared * own_stride_h
+        sums = (block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * HEADS * T
+
+    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + part * HEADS
+    p_state = state + stretch * X * Z + o_x[:, None] + o_z[None, :] * X
+    mask_state = mask_x[:, None] & mask_z[None, :]
+    b_states = ()
+    for h in tl.static_range(HEADS):
+        b_entering = tl.load(p_state + h * X * Z, mask=mask_state, other=0.0)
+        b_states += (b_entering,)  # type: ignore[assignment]
+
+    for i in range(chunks):
+        start = first + (chunks - 1 - i if REVERSE else i) * C
+        mask_c = o_c < T - start
+        mask_cz = mask_c[:, None] & mask_z[None, :]
+        b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
+        if SUMS:
+            b_own = load_rows(own, start, T, own_stride_t, o_c, o_z, Z, Z % BZ == 0)
+        b_left = ()
+        for h in tl.static_range(HEADS):
+            head = (part * HEADS + h).to(tl.int64)
+            p_x, p_y = x + head * x_stride_h, y + head * y_stride_h
+            b_x = load_rows(p_x, start, T, x_stride_t, o_c, o_x, X, X % BX == 0)
+            b_y = load_rows(p_y, start, T, y_stride_t, o_c, o_x, X, X % BX == 0)
+            head_decay = head_log2_decay(g, head, DECAY)
+            p_g = g
+            if DECAY == TOKEN_DECAY:
+                p_g = g + head * g_stride_h
+            b_sum, b_document, b_from_start, b_to_end, b_through = live_decay(
+                p_g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED,
+                PRECISION == "ieee",
+            )  # fmt: skip
+            b_into = b_to_end if REVERSE else b_from_start * scale
+            b_out_of = b_from_start * scale if REVERSE else b_to_end
+            if STEP:
+                p_step = step + head * step_stride_h + (start + o_c).to(tl.int64) * step_stride_t
+                b_step = tl.load(p_step, mask=mask_c, other=0.0)
+                if REVERSE:
+                    b_into *= b_step
+                else:
+                    b_out_of *= b_step
+            b_through_state = tl.zeros([C, BZ], dtype=tl.float32)
+            b_through_state = split_dot(b_x, b_states[h], b_through_state, SUMS, PRECISION)
+            b_through_state *= b_into[:, None]
+            if SUMS:
+                b_amount = tl.sum(b_own.to(tl.float32) * b_through_state, axis=1)
+                tl.store(state_sums + sums + h * T + start + o_c, b_amount, mask=mask_c)
+            if h == 0:
+                b_out = b_through_state
+            else:
+                b_out += b_through_state
+            b_weighted = b_z.to(tl.float32) * b_out_of[:, None]
+            b_state = b_states[h] * b_through
+            b_state = split_dot(tl.trans(b_y), b_weighted, b_state, SUMS, PRECISION)
+            b_left += (b_state,)  # type: ignore[assignment]
+            b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
+            b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
+            if STEP:
+                b_score *= b_step[:, None] if REVERSE else b_step[None, :]
+            if SUMS and REVERSE:
+                b_amount = tl.dot(b_own, tl.trans(b_z), input_precision=PRECISION) * b_score
+                b_amount = tl.sum(b_amount, axis=0) - tl.sum(tl.trans(b_amount), axis=0)
+                tl.store(pair_sums + sums + h * T + start + o_c, b_amount, mask=mask_c)
+            if h == 0:
+                b_scores = b_score
+            else:
+                b_scores += b_score
+        b_states = b_left
+        b_out = tl.dot(b_scores.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+        p_out = out + start.to(tl.int64) * parts * Z + o_c[:, None] * (parts * Z) + o_z[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cz)
+
+
+@triton.jit
 def decay_gradient_kernel(
-    query_state_sums, pair_sums, key_state_sums, g, doc_ids, entering, final, leaving_gradient, dg,
+    query_state_sums, pair_sums, key_state_sums, g, doc_ids, entering, log_decay, state_gradient,
+    leaving_gradient, dg,
     T, H, state_size, segment, query_blocks, key_blocks, g_stride_b, g_stride_t, g_stride_h,
     C: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
 ):  # fmt: skip
     """dg_t: what every pair of tokens s < t <= t' gives the decay between them.
 
     A pair gives q_t'·dq_t' and k_s·dk_s the same amount, and the decays between s and t' that
     amount: of pairs inside the chunk the running sum, from the end, of the difference; of pairs
     with s before the chunk that of q·dq; of pairs with t' after it the running sum, from the
-    start, of k·dk. Pairs across the whole chunk: <state, its gradient> at the chunk's end, less
-    what the chunk's own tokens have in it, and nothing where the chunk lets next to nothing
-    through.
+    start, of k·dk. Pairs across the whole chunk: <state, its gradient> at the chunk's start, less
+    what the chunk's own tokens have in it, and nothing where the chunk lets nothing through. All
+    this holds to fp32's rounding only because the sums come from split states (`split_dot`).
 
     Grid: (S, B·H). Reads the sums of the two walks and the segment's states: small.
     """
@@ -277,19 +448,20 @@ def decay_gradient_kernel(
         doc_ids += batch.to(tl.int64) * T
 
     stretch = (batch.to(tl.int64) * segments + segment_index) * H + head
+    entering += stretch * state_size
+    state_gradient += stretch * state_size
     leaving_gradient += stretch * state_size
-    state = entering + (stretch + H) * state_size
-    if segment_index == segments - 1:
-        state = final + tl.program_id(1).to(tl.int64) * state_size
+    passed = tl.exp2(tl.load(log_decay + stretch) * LOG2_E)
     b_carry = tl.zeros([BLOCK], dtype=tl.float32)
     for at in range(0, state_size, BLOCK):
         mask = at + o_s < state_size
-        b_state = tl.load(state + at + o_s, mask=mask, other=0.0)
-        b_carry += b_state * tl.load(leaving_gradient + at + o_s, mask=mask, other=0.0)
+        b_gradient = tl.load(leaving_gradient + at + o_s, mask=mask, other=0.0) * passed
+        b_gradient += tl.load(state_gradient + at + o_s, mask=mask, other=0.0)
+        b_carry += b_gradient * tl.load(entering + at + o_s, mask=mask, other=0.0)
     carry = tl.sum(b_carry, axis=0)
 
     for i in range(chunks):
-        start = first + (chunks - 1 - i) * C
+        start = first + i * C
         mask_c = o_c < T - start
         _, b_document, _, _, b_through = chunk_decay(
             g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
@@ -303,7 +475,7 @@ def decay_gradient_kernel(
             o_sums = block * block_stride + row + start + o_c
             b_pair += tl.load(pair_sums + o_sums, mask=mask_c, other=0.0)
             b_after += tl.load(key_state_sums + o_sums, mask=mask_c, other=0.0)
-        across = tl.where(b_through > negligible(EXACT), carry - tl.sum(b_after, axis=0), 0.0)
+        across = tl.where(b_through > 0.0, carry - tl.sum(b_before, axis=0), 0.0)
         b_amount = tl.where(
             o_c[:, None] <= o_c[None, :], (b_pair + b_before)[None, :], b_after[None, :]
         )
@@ -311,4 +483,4 @@ def decay_gradient_kernel(
             b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
         b_dg = tl.sum(b_amount, axis=1) + across
         tl.store(dg + (start + o_c).to(tl.int64) * H, b_dg, mask=mask_c)
-        carry = across + tl.sum(b_before, axis=0)
+        carry = across + tl.sum(b_after, axis=0)

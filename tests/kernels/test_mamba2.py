@@ -1,4 +1,4 @@
-"""Mamba-2's state space dual on a GPU: simple GLA's kernels, called as this op calls them, against
+"""Mamba-2's state space dual by simple GLA's kernels, on a GPU and in Triton's interpreter, against
 the recurrence in fp64."""
 
 from __future__ import annotations
@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fla_dist.kernels.mamba2 import state_space_dual
+from fla_dist.kernels.common.launch import Launch
+from fla_dist.kernels.mamba2 import op, state_space_dual
 from fla_dist.kernels.mamba2.reference import state_space_dual_recurrent
-from fla_dist.kernels.simple_gla import op as simple_gla
+from fla_dist.kernels.simple_gla import steps
+from fla_dist.kernels.simple_gla.settings import Settings
+from tests.kernels.interpreter import interpreted, run_interpreted
 from tests.packing import doc_ids_of, positions_of
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
 
 
 def make(length: int, width: int, size: int, groups: int) -> dict[str, Tensor]:
@@ -42,20 +40,27 @@ def results(function, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tenso
     others = {name: inputs[name] for name in ("dt_bias", "D", "initial_state")}
     outputs = function(*(inputs[n] for n in ("x", "dt", "A", "B", "C")), **others, doc_ids=ids)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(inputs.values()), weights)
     return dict(zip(["y", "final", *inputs], [*outputs, *gradients], strict=True))
 
 
+def documents(length: int) -> Tensor:
+    """One row of documents that start here and there, one that is the middle of a document."""
+    positions = positions_of([0, length // 4, length // 4 + 1, length - 1], length)
+    return doc_ids_of(torch.stack([positions, torch.arange(3, 3 + length)]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
-    monkeypatch.setattr(simple_gla, "_has_kernels", lambda *_: True)
+    monkeypatch.setattr(op, "has_kernels", lambda *_: True)
     length = 1100
     inputs = {name: x.cuda() for name, x in make(length, width, size, groups).items()}
-    positions = positions_of([0, 300, 301, length - 1], length)
-    ids = doc_ids_of(torch.stack([positions, torch.arange(3, 3 + length)])).cuda()
+    ids = documents(length).cuda()
     exact = {
         name: x.bfloat16().double() if name in ("x", "dt", "B", "C") else x.double()
         for name, x in inputs.items()
@@ -66,3 +71,21 @@ def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
     got = results(state_space_dual, halved, ids)
     for name, truth in results(state_space_dual_recurrent, exact, ids).items():
         assert (got[name].double() - truth).norm() <= 5e-3 * truth.norm(), name
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 2])
+def test_interpreter_matches_recurrence(groups: int, monkeypatch) -> None:
+    launch = Launch(16, 4, 1)
+    chosen = Settings(16, launch, launch, launch, programs=10**9, longest=32, heads=2)
+    monkeypatch.setattr(op, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(steps, "settings", lambda *_: chosen)
+    inputs, ids = make(43, 24, 20, groups), documents(43)
+    got = results(state_space_dual, inputs, ids)
+    exact = {name: x.double() for name, x in inputs.items()}
+    for name, truth in results(state_space_dual_recurrent, exact, ids).items():
+        assert (got[name].double() - truth).norm() <= 1e-5 * truth.norm(), name
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__)
