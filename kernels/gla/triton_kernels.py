@@ -109,18 +109,27 @@ def chunk_documents(doc_ids, start, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def load_spans(spans, o_pair, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """[TILE, TILE] of each level, from a tile's start and to its end: before the loops, which then
+    need not load them."""
+    b_spans = ()
+    for i in tl.static_range(COUNT):
+        b_spans = b_spans + (tl.load(spans + i * TILE * TILE + o_pair),)  # type: ignore[assignment]
+    return b_spans
+
+
+@triton.jit
 def load_tile(x, stride_t, o_row, o_column, mask):
     return tl.load(x + o_row * stride_t + o_column, mask=mask, other=0.0)
 
 
 @triton.jit
-def tile_scores(b_q, b_k, b_summands, spans, o_c, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def tile_scores(b_q, b_k, b_summands, b_spans, o_c, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """Σ_K q_t k_s e^{G_t - G_s} of the pairs s < t in one tile, and its mirror image."""
     TILE: tl.constexpr = b_q.shape[0]
     b_score = tl.zeros([TILE, TILE], dtype=tl.float32)
     for level in tl.static_range(LEVELS):
-        b_span = tl.load(spans + level * TILE * TILE + o_c[:, None] * TILE + o_c[None, :])
-        b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
+        b_decay = tl.exp2(tl.dot(b_spans[level], b_summands, input_precision="ieee"))
         b_side = tl.where(is_later(o_c, level)[:, None], b_q, b_k) * b_decay
         b_product = tl.dot(
             b_side.to(b_q.dtype), tl.trans(b_side).to(b_q.dtype), input_precision=PRECISION
@@ -166,6 +175,7 @@ def prepare_kernel(
         b_document_0 = documents(doc_ids, start, T, TILE)
         b_document_1 = documents(doc_ids, start + TILE, T, TILE)
     o_pair = o_0[:, None] * TILE + o_0[None, :]
+    b_spans = load_spans(spans, o_pair, LEVELS + 2, TILE)
     b_all = tl.full([TILE, TILE], 1.0, dtype=spans.dtype.element_ty)
     b_score_0 = tl.zeros([TILE, TILE], dtype=tl.float32)
     b_score_1 = tl.zeros([TILE, TILE], dtype=tl.float32)
@@ -189,8 +199,7 @@ def prepare_kernel(
         b_summands_1 = summands(b_g_1, PRECISION == "ieee")
 
         # Exponents of the decays from the tile's start and to its end, and in all of it.
-        b_before = tl.load(spans + LEVELS * TILE * TILE + o_pair)
-        b_after = tl.load(spans + (LEVELS + 1) * TILE * TILE + o_pair)
+        b_before, b_after = b_spans[LEVELS], b_spans[LEVELS + 1]
         b_before_0 = tl.dot(b_before, b_summands_0, input_precision="ieee")
         b_before_1 = tl.dot(b_before, b_summands_1, input_precision="ieee")
         b_after_0 = tl.dot(b_after, b_summands_0, input_precision="ieee")
@@ -222,8 +231,8 @@ def prepare_kernel(
         b_near_k = b_k_0 * tl.exp2(b_after_0)
         b_near_k = tl.trans(b_near_k).to(b_k_0.dtype)
         b_score_10 = tl.dot(b_near_q, b_near_k, b_score_10, input_precision=PRECISION)
-        b_score_0 += tile_scores(b_q_0, b_k_0, b_summands_0, spans, o_0, LEVELS, PRECISION)
-        b_score_1 += tile_scores(b_q_1, b_k_1, b_summands_1, spans, o_0, LEVELS, PRECISION)
+        b_score_0 += tile_scores(b_q_0, b_k_0, b_summands_0, b_spans, o_0, LEVELS, PRECISION)
+        b_score_1 += tile_scores(b_q_1, b_k_1, b_summands_1, b_spans, o_0, LEVELS, PRECISION)
         # The 0 is in the products' layout: q and k leave shared memory in no other.
         b_own_0, b_own_1 = b_q_0 * (b_before_0 * 0 + b_k_0), b_q_1 * (b_before_1 * 0 + b_k_1)
         if BONUS:
@@ -420,22 +429,18 @@ def walk_kernel(
 
 @triton.jit
 def tile_gradient(
-    b_q, b_k, b_dq, b_dk, b_ds, b_summands, b_dg, spans, gradient_spans, o_c,
+    b_q, b_k, b_dq, b_dk, b_ds, b_summands, b_dg, b_spans, b_gradient_spans, o_c,
     LEVELS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq, dk, dg [K, TILE] what the pairs in one tile give, from the scores' gradient,
     mirrored at the diagonal."""
-    TILE: tl.constexpr = b_q.shape[1]
     for level in tl.static_range(LEVELS):
-        o_level = level * TILE * TILE
-        b_span = tl.load(spans + o_level + o_c[None, :] * TILE + o_c[:, None])
-        b_gradient_span = tl.load(gradient_spans + o_level + o_c[:, None] * TILE + o_c[None, :])
         later = is_later(o_c, level)[None, :]
-        b_decay = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
+        b_decay = tl.exp2(tl.dot(b_summands, b_spans[level], input_precision="ieee"))
         b_side = tl.where(later, b_q, b_k) * b_decay
         b_level = tl.where(level_pairs(o_c, level), b_ds, 0.0).to(dtype)
         b_gradient = tl.dot(b_side.to(dtype), b_level, input_precision=PRECISION)
-        b_dg = sum_spans(b_side * b_gradient, b_gradient_span, b_dg, SPLIT)
+        b_dg = sum_spans(b_side * b_gradient, b_gradient_spans[level], b_dg, SPLIT)
         b_gradient *= b_decay
         b_dq += tl.where(later, b_gradient, 0.0)
         b_dk += tl.where(later, 0.0, b_gradient)
@@ -526,6 +531,8 @@ def pair_gradient_kernel(
     # Everything else is transposed, [K, TILE]: what one product returns enters the next as it is.
     o_pair = o_0[:, None] * TILE + o_0[None, :]
     o_transposed = o_0[None, :] * TILE + o_0[:, None]
+    b_spans = load_spans(spans, o_transposed, LEVELS + 2, TILE)
+    b_gradient_spans = load_spans(gradient_spans, o_pair, LEVELS + 2, TILE)
     b_all = tl.full([TILE, TILE], 1.0, dtype=spans.dtype.element_ty)
     for first_k in range(0, K, BK):
         o_k = first_k + tl.arange(0, BK)
@@ -546,8 +553,7 @@ def pair_gradient_kernel(
         b_dk_1 = load_tile(dk, H * K, o_1[None, :], o_k[:, None], mask_k1)
         b_summands_0 = summands(b_g_0, PRECISION == "ieee")
         b_summands_1 = summands(b_g_1, PRECISION == "ieee")
-        b_before = tl.load(spans + LEVELS * TILE * TILE + o_transposed)
-        b_after = tl.load(spans + (LEVELS + 1) * TILE * TILE + o_transposed)
+        b_before, b_after = b_spans[LEVELS], b_spans[LEVELS + 1]
         b_before_0 = tl.dot(b_summands_0, b_before, input_precision="ieee")
         b_before_1 = tl.dot(b_summands_1, b_before, input_precision="ieee")
         b_after_0 = tl.dot(b_summands_0, b_after, input_precision="ieee")
@@ -570,8 +576,7 @@ def pair_gradient_kernel(
         b_dq_1 += b_decay_1 * tl.dot(b_near_k, b_ds_01, input_precision=PRECISION)
         b_dk_0 += b_decay_0 * tl.dot(b_near_q, b_ds_10, input_precision=PRECISION)
 
-        b_before = tl.load(gradient_spans + LEVELS * TILE * TILE + o_pair)
-        b_after = tl.load(gradient_spans + (LEVELS + 1) * TILE * TILE + o_pair)
+        b_before, b_after = b_gradient_spans[LEVELS], b_gradient_spans[LEVELS + 1]
         b_dg_0 = tl.zeros([BK, TILE], dtype=tl.float32)
         b_dg_0 = sum_spans(b_q_0 * b_dq_0, b_before, b_dg_0, SPLIT)
         b_dg_0 = sum_spans(b_k_0 * b_dk_0, b_after, b_dg_0, SPLIT)
@@ -579,12 +584,12 @@ def pair_gradient_kernel(
         b_dg_1 = sum_spans(b_q_1 * b_dq_1, b_before, b_dg_1, SPLIT)
         b_dg_1 = sum_spans(b_k_1 * b_dk_1, b_after, b_dg_1, SPLIT)
         b_dq_0, b_dk_0, b_dg_0 = tile_gradient(
-            b_q_0, b_k_0, b_dq_0, b_dk_0, b_ds_0, b_summands_0, b_dg_0, spans, gradient_spans, o_0,
-            LEVELS, SPLIT, PRECISION, dtype,
+            b_q_0, b_k_0, b_dq_0, b_dk_0, b_ds_0, b_summands_0, b_dg_0, b_spans,
+            b_gradient_spans, o_0, LEVELS, SPLIT, PRECISION, dtype,
         )  # fmt: skip
         b_dq_1, b_dk_1, b_dg_1 = tile_gradient(
-            b_q_1, b_k_1, b_dq_1, b_dk_1, b_ds_1, b_summands_1, b_dg_1, spans, gradient_spans, o_0,
-            LEVELS, SPLIT, PRECISION, dtype,
+            b_q_1, b_k_1, b_dq_1, b_dk_1, b_ds_1, b_summands_1, b_dg_1, b_spans,
+            b_gradient_spans, o_0, LEVELS, SPLIT, PRECISION, dtype,
         )  # fmt: skip
         p_carries = carries + chunk * 2 * K + o_k
         b_dg_0 += tl.load(p_carries, mask=o_k < K, other=0.0)[:, None]
