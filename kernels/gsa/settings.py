@@ -40,5 +40,5 @@ def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
         walk, pairs = Launch(32, 4 if wide <= 128 else 8, 1), Launch(32, 4, 1)
         return Settings(16, pairs, walk, walk, pairs, walk, walk, pairs)
     walk = Launch(128, 4, 3) if wide <= 128 else Launch(128, 8, 2)
-    pairs, scores, decays = Launch(64, 1, 1), Launch(64, 1, 1, 128), Launch(32, 1, 1)
+    pairs, scores, decays = Launch(64, 1, 1), Launch(64, 1, 1, 128), Launch(64, 2, 1)
     return Settings(16, pairs, Launch(128, 4, 4), walk, scores, Launch(128, 4, 3), walk, decays)

@@ -167,18 +167,22 @@ def _scores(
 
 
 def _spread(
-    c_in: Tensor, z: Tensor, taken_out: Tensor, chunk_decay: Tensor, scores: Tensor, state: Tensor,
-    offset: int, chosen: Settings, segment: int, scale: float,
-) -> Tensor:  # fmt: skip
+    a: Tensor | None, c_in: Tensor, z: Tensor, taken_out: Tensor, chunk_decay: Tensor,
+    scores: Tensor, state: Tensor, offset: int, chosen: Settings, segment: int, scale: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What c_in and the scores spread of z; with `a`, also the sums for dg [B, H, N, M]."""
     batch, heads, length, slots = c_in.shape
     size, launch, out = z.shape[-1], chosen.spread, z.new_empty(z.shape)
     block = min(padded(size, z.element_size()), launch.block)
-    spread_kernel[(triton.cdiv(size, block), state.shape[1], batch * heads)](
-        c_in, z, taken_out, chunk_decay, scores, state, out,
-        length, heads, slots, size, state.shape[-1], offset, segment, scale, *strides(z),
-        BX=block, **_walk(chosen, launch, z, slots),
+    blocks = triton.cdiv(size, block)
+    sums = None if a is None else chunk_decay.new_empty(blocks, *chunk_decay.shape)
+    spread_kernel[(blocks, state.shape[1], batch * heads)](
+        a, c_in, z, taken_out, chunk_decay, scores, state, out, sums,
+        length, heads, slots, size, state.shape[-1], offset, segment, scale,
+        *strides(z if a is None else a), *strides(z),
+        BX=block, BACKWARD=a is not None, **_walk(chosen, launch, z, slots),
     )  # fmt: skip
-    return out
+    return out, None if sums is None else sums.sum(0) if blocks > 1 else sums[0]
 
 
 @step("fla_dist::gsa_output")
@@ -205,9 +209,10 @@ def output(
         chosen, segment, scale, 1.0,
     )  # fmt: skip
     scores = _scores(weights, g, doc_ids, v.dtype, chosen)
-    o = _spread(
-        weights_in, v, taken_out, chunk_decay, scores, entering, k.shape[-1], chosen, segment, 1.0
-    )
+    o, _ = _spread(
+        None, weights_in, v, taken_out, chunk_decay, scores, entering, k.shape[-1], chosen, segment,
+        1.0,
+    )  # fmt: skip
     return o, weights, weights_in, inherited, scores
 
 
@@ -233,10 +238,9 @@ def softmax_gradient(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the softmax' arguments, these times scale · decay_in, and the gradients of
-    the exponents G_t, all [B, H, T, M]; the latter's sums over chunks, of keys and of values,
-    [2, B, H, N, M]."""
+    the exponents G_t, all [B, H, T, M]; the sums of the values' side [B, H, N, M]."""
     chosen, segment = _settings(k, v)
-    exponents, sums = torch.empty_like(inside), chunk_decay.new_empty(2, *chunk_decay.shape)
+    exponents, sums = torch.empty_like(inside), torch.empty_like(chunk_decay)
     gradients, gradients_in = _gather(
         do, v, decay_in, taken_out, chunk_decay, inside, entering, k.shape[-1], weights, inherited,
         exponents, sums, chosen, segment, 1.0, scale,
@@ -247,7 +251,7 @@ def softmax_gradient(
 @softmax_gradient.register_fake
 def _(do, k, v, decay_in, taken_out, chunk_decay, inside, entering, weights, inherited, scale):
     of_slots = (torch.empty_like(inside) for _ in range(3))
-    return *of_slots, chunk_decay.new_empty(2, *chunk_decay.shape)
+    return *of_slots, torch.empty_like(chunk_decay)
 
 
 @step("fla_dist::gsa_source_gradients")
@@ -264,7 +268,7 @@ def source_gradients(
     scores: Tensor,
     gradients: Tensor,
     gradients_in: Tensor,
-    sums: Tensor,
+    value_sums: Tensor,
     entering: Tensor,
     final: Tensor,
     leaving_gradient: Tensor,
@@ -276,17 +280,21 @@ def source_gradients(
     batch, heads, length, slots = taken_out.shape
     chosen, segment = _settings(k, v)
     key_scores = _scores(gradients, g, doc_ids, k.dtype, chosen)
-    dq = _spread(
-        gradients_in, k, taken_out, chunk_decay, key_scores, entering, 0, chosen, segment, scale
+    dq, key_sums = _spread(
+        q, gradients_in, k, taken_out, chunk_decay, key_scores, entering, 0, chosen, segment, scale
     )
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    taken_gradient, carries = torch.empty_like(taken_out), torch.empty_like(sums)
-    for side, (a, c_in, z, of_pairs, dz, factor) in enumerate(
-        ((q, gradients_in, k, key_scores, dk, scale), (do, weights_in, v, scores, dv, 1.0))
+    taken_gradient = torch.empty_like(taken_out)
+    carries = chunk_decay.new_empty(2, *chunk_decay.shape)
+    for side, (a, c_in, z, of_pairs, sums, dz, factor) in enumerate(
+        (
+            (q, gradients_in, k, key_scores, key_sums, dk, scale),
+            (do, weights_in, v, scores, value_sums, dv, 1.0),
+        )
     ):
         source_gradient_kernel[(entering.shape[1], batch * heads)](
             a, c_in, z, taken_out, chunk_decay, of_pairs, leaving_gradient, entering, final,
-            sums[side], dz, taken_gradient, carries[side],
+            sums, dz, taken_gradient, carries[side],
             length, heads, slots, z.shape[-1], entering.shape[-1], side * k.shape[-1], segment,
             factor, *strides(a), *strides(z),
             BX=padded(z.shape[-1], z.element_size()), ADD=side == 1,
@@ -298,10 +306,10 @@ def source_gradients(
 @source_gradients.register_fake
 def _(
     q, k, v, do, g, doc_ids, taken_out, chunk_decay, weights_in, scores, gradients, gradients_in,
-    sums, entering, final, leaving_gradient, scale,
+    value_sums, entering, final, leaving_gradient, scale,
 ):  # fmt: skip
     rows = (x.new_empty(x.shape) for x in (q, k, v))
-    return *rows, torch.empty_like(taken_out), torch.empty_like(sums)
+    return *rows, torch.empty_like(taken_out), chunk_decay.new_empty(2, *chunk_decay.shape)
 
 
 @step("fla_dist::gsa_decay_gradient")

@@ -52,6 +52,14 @@ def span_decays(b_summands, spans, index, C: tl.constexpr):
 
 
 @triton.jit
+def shared(b_state, b_y, b_z, PRECISION: tl.constexpr):
+    """[M]: <state, yᵀ z>, with the state in fp32, which also becomes the difference of two such
+    numbers that differ by it: what rounding the state leaves out would add up over a segment."""
+    b_product = tl.dot(tl.trans(b_y), b_z, input_precision=PRECISION)
+    return tl.sum(b_state * b_product, axis=1)
+
+
+@triton.jit
 def prepare_kernel(
     a, b, g, doc_ids, spans, decay_in, taken_out, chunk_decay, products, inside,
     T, H, M, X, scale,
@@ -185,7 +193,7 @@ def gather_kernel(
 
     In the backward: of (do, v) and both `weights` w and `inherited` the gradient dl of the softmax'
     arguments, and out_scale e^G dl; `exponents`, the gradients of G_t from tokens before the chunk;
-    `sums`, their sums over a chunk, of keys and of values, [2, B, H, N, M].
+    `sums` <S, e^G wᵀ do> of each chunk, what its tokens have in <state, its gradient>.
 
     Grid: (S, B·H). One program owns [BM >= M, BX >= X] of a segment's running state. Reads a, b and
     3M numbers of slots a token, in the backward 5M, and writes 3M.
@@ -200,7 +208,6 @@ def gather_kernel(
     b += batch.to(tl.int64) * b_stride_b + head.to(tl.int64) * b_stride_h
     row = tl.program_id(1).to(tl.int64) * T
     chunk_row = tl.program_id(1).to(tl.int64) * chunk_count
-    of_side = tl.num_programs(1).to(tl.int64) * chunk_count * M
     stretch = (batch.to(tl.int64) * tl.num_programs(0) + segment_index) * H + head
     p_state = state + stretch * M * W + o_m[:, None] * W + offset + o_x[None, :]
     b_state = tl.load(p_state, mask=mask_m[:, None] & mask_x[None, :], other=0.0)
@@ -228,19 +235,19 @@ def gather_kernel(
             b_argument = tl.load(inherited + o_cm, mask=mask_cm, other=0.0).to(tl.float32)
             b_mean = tl.sum(b_weight * b_gathered, axis=1)
             b_out = b_weight * (b_gathered - b_mean[:, None])
-            b_of_keys, b_of_values = b_out * b_argument, b_weight * b_inherited
-            b_exponent = (b_of_keys + b_of_values).to(exponents.dtype.element_ty)
-            tl.store(exponents + o_cm, b_exponent, mask=mask_cm)
-            tl.store(sums + o_chunk, tl.sum(b_of_keys, axis=0), mask=mask_m)
-            tl.store(sums + of_side + o_chunk, tl.sum(b_of_values, axis=0), mask=mask_m)
+            b_exponent = b_out * b_argument + b_weight * b_inherited
+            tl.store(exponents + o_cm, b_exponent.to(exponents.dtype.element_ty), mask=mask_cm)
+            b_sum = shared(b_state, (b_weight * b_in).to(b_a.dtype), b_a, PRECISION)
+            tl.store(sums + o_chunk, b_sum, mask=mask_m)
         else:
             b_gathered = tl.where(mask_m[None, :], b_gathered * LOG2_E, -float("inf"))
             b_out = tl.exp2(b_gathered - tl.max(b_gathered, axis=1)[:, None])
             b_out *= (1 / tl.sum(b_out, axis=1))[:, None]
             b_argument = b_inherited.to(inherited.dtype.element_ty)
             tl.store(inherited + o_cm, b_argument, mask=mask_cm)
-        tl.store(out + o_cm, b_out.to(out.dtype.element_ty), mask=mask_cm)
-        b_out *= b_in * out_scale
+        b_out = b_out.to(out.dtype.element_ty)
+        tl.store(out + o_cm, b_out, mask=mask_cm)
+        b_out = b_out.to(tl.float32) * b_in * out_scale
         tl.store(out_in + o_cm, b_out.to(out_in.dtype.element_ty), mask=mask_cm)
         b_state *= tl.exp2(b_decay * LOG2_E)[:, None]
         b_state = tl.dot(tl.trans(b_taken), b_b, b_state, input_precision=PRECISION)
@@ -290,15 +297,17 @@ def score_kernel(
 
 @triton.jit
 def spread_kernel(
-    c_in, z, taken_out, chunk_decay, scores, state, out,
-    T, H, M, X, W, offset, segment, scale, z_stride_b, z_stride_t, z_stride_h,
-    C: tl.constexpr, BM: tl.constexpr, BX: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, c_in, z, taken_out, chunk_decay, scores, state, out, sums,
+    T, H, M, X, W, offset, segment, scale,
+    a_stride_b, a_stride_t, a_stride_h, z_stride_b, z_stride_t, z_stride_h,
+    C: tl.constexpr, BM: tl.constexpr, BX: tl.constexpr, BACKWARD: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o from (e^G w, v), or dq from (scale e^G dl, k): c_in S + scale scores z.
+    """o from (e^G w, v), or dq from (scale e^G dl, k): c_in S + scale scores z. In
+    the backward a = q, and `sums` <S, c_inᵀ q> of each chunk, by blocks of X [·, B, H, N, M].
 
     Grid: (blocks of X, S, B·H). One program owns [BM >= M, BX] of a segment's running state. Reads
-    c_in, taken_out and the scores once a block, z once, writes out once.
+    c_in, taken_out and the scores once a block, z (and a) once, writes out once.
     """
     block, segment_index = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // H, tl.program_id(2) % H
@@ -312,6 +321,10 @@ def spread_kernel(
     taken_out += tl.program_id(2).to(tl.int64) * T * M
     scores += tl.program_id(2).to(tl.int64) * T * C
     chunk_decay += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * M
+    if BACKWARD:
+        a += batch.to(tl.int64) * a_stride_b + head.to(tl.int64) * a_stride_h
+        sums += block.to(tl.int64) * tl.num_programs(2) * tl.cdiv(T, C) * M
+        sums += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * M
     out += (batch.to(tl.int64) * T * H + head) * X
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     p_state = state + stretch * M * W + o_m[:, None] * W + offset + o_x[None, :]
@@ -334,6 +347,11 @@ def spread_kernel(
         b_out = tl.dot(b_c, b_state.to(b_z.dtype), b_out, input_precision=PRECISION)
         p_out = out + start.to(tl.int64) * H * X + o_c[:, None] * (H * X) + o_x[None, :]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cx)
+        if BACKWARD:
+            p_a = a + start.to(tl.int64) * a_stride_t + o_c[:, None] * a_stride_t + o_x[None, :]
+            b_a = tl.load(p_a, mask=mask_cx, other=0.0)
+            p_sum = sums + (start // C).to(tl.int64) * M + o_m
+            tl.store(p_sum, shared(b_state, b_c, b_a, PRECISION), mask=mask_m)
         b_state *= tl.exp2(b_decay * LOG2_E)[:, None]
         b_state = tl.dot(tl.trans(b_taken), b_z, b_state, input_precision=PRECISION)
 
@@ -353,8 +371,8 @@ def source_gradient_kernel(
     For dg, also `taken_gradient` dS z, of keys and values together (the second run adds to what the
     first left), and `carries`, what pairs with one token before a chunk and one after it give the
     decays in it: <state, its gradient> at the chunk's end, less what the chunk's own tokens have in
-    it, and nothing where the chunk lets next to nothing through. `sums` are those that
-    `gather_kernel` wrote.
+    it, and nothing where the chunk lets next to nothing through. `sums` are those of the
+    forward walks.
 
     Grid: (S, B·H). One program owns [BM >= M, BX >= X] of the gradient of a segment's running
     state. Reads a, z, c_in, taken_out and the scores once, writes dz and M numbers a token.
@@ -403,7 +421,6 @@ def source_gradient_kernel(
 
         b_half = b_state.to(b_z.dtype)
         b_of_taken = tl.dot(b_z, tl.trans(b_half), input_precision=PRECISION)
-        b_sum = tl.sum(b_taken * b_of_taken, axis=0)
         if ADD:
             b_of_taken += tl.load(taken_gradient + o_cm, mask=mask_cm, other=0.0)
         b_of_taken = b_of_taken.to(taken_gradient.dtype.element_ty)
@@ -413,7 +430,8 @@ def source_gradient_kernel(
         p_dz = dz + start.to(tl.int64) * H * X + o_c[:, None] * (H * X) + o_x[None, :]
         tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=mask_cx)
 
-        b_across = tl.where(b_through > negligible(PRECISION == "ieee"), b_carry - b_sum, 0.0)
+        b_across = b_carry - shared(b_state, b_taken, b_z, PRECISION)
+        b_across = tl.where(b_through > negligible(PRECISION == "ieee"), b_across, 0.0)
         tl.store(carries + o_chunk, b_across, mask=mask_m)
         b_carry = b_across + tl.load(sums + o_chunk, mask=mask_m, other=0.0)
         b_state *= b_through[:, None]
