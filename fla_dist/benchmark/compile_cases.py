@@ -17,6 +17,7 @@ from fla_dist.kernels.gated_delta_rule.op import segmented_gated_delta_rule
 from fla_dist.kernels.gated_delta_rule.settings import TUNED as GATED_DELTA_RULE_TUNED
 from fla_dist.kernels.gla.op import SegmentedGLA
 from fla_dist.kernels.gla.settings import TUNED as GLA_TUNED
+from fla_dist.kernels.gsa.op import SegmentedGSA
 from fla_dist.kernels.hgrn.op import SegmentedHGRN
 from fla_dist.kernels.kda.op import segmented_kda
 from fla_dist.kernels.mamba.op import segmented_selective_scan
@@ -26,7 +27,7 @@ from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
 from fla_dist.kernels.state import LOCAL
 
 _ARCHITECTURES = (80, 90)
-_TOKENS, _HEADS, _CHANNELS = 2048, 16, 256
+_TOKENS, _HEADS, _CHANNELS, _SLOTS = 2048, 16, 256, 64
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,6 +77,21 @@ def _gla(
                         q, keys, v, g, u, None, _documents(packed), 0.5, on_gpu(LOCAL)
                     )
                 )
+
+    return launches
+
+
+def _gsa(
+    sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
+    def launches() -> None:
+        for g_dtype in [dtype] + [torch.float32] * thorough:
+            g = _empty(1, _TOKENS, _HEADS, _SLOTS, dtype=g_dtype)
+            _train(
+                *SegmentedGSA.apply(
+                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
+                )
+            )
 
     return launches
 
@@ -147,6 +163,7 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
+        ("gsa", _gsa, {}),
         ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),
         ("kda", _kda, {}),
         ("rwkv7", _rwkv7, {}),
