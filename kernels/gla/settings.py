@@ -39,8 +39,8 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        launch = Launch(32 if wide <= 256 else 16, 4, 1)
-        return Settings(launch, launch, launch, launch, launch, launch)
+        tile, walk = Launch(16, 4, 1), Launch(32 if wide <= 256 else 16, 8, 1)
+        return Settings(tile, walk, walk, walk, walk, tile)
     tiles, summarize = Launch(16, 1, 2), Launch(64, 4, 4)
     if wide <= 128:
         walk, both = Launch(64, 4, 3), Launch(128, 8, 3)
