@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             for line in describe(plan, config.data, split):
                 print(line)
+            print()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return EXIT_DAMAGED if problems else 0

@@ -119,14 +119,14 @@ def measure_build(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> di
 
 def measure_delivery(data: DataConfig, tokenizer: TokenizerConfig) -> Iterator[dict[str, Any]]:
     """Batches from a warm cache, of units as large as those of a large source."""
-    divided = sources.UNITS_OF_A_SMALL_SOURCE
-    sources.UNITS_OF_A_SMALL_SOURCE = 2
+    smallest = sources.SMALLEST_UNIT_BYTES
+    sources.SMALLEST_UNIT_BYTES = sources.LARGEST_UNIT_BYTES
     try:
         for length in LENGTHS:
             for packing, slices in (("documents", 1), ("documents", 8), ("best_fit", 1)):
                 yield deliver(data, tokenizer, length, packing, slices)
     finally:
-        sources.UNITS_OF_A_SMALL_SOURCE = divided
+        sources.SMALLEST_UNIT_BYTES = smallest
 
 
 def deliver(

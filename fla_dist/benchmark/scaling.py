@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -47,16 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Starts the ranks of every row and writes the rows that ran, with a plot beside."""
-    if arguments.worker:
-        return work(arguments, overrides)
     from fla_dist.benchmark.environment import environment
     from fla_dist.benchmark.links import machine_name
     from fla_dist.benchmark.plots import plot_efficiency
 
     try:
+        if arguments.worker:
+            return work(arguments, overrides)
         config = load_config(arguments.config, overrides)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(arguments.output or f"docs/benchmarks/scaling_{machine_name(device)}.json")
@@ -118,7 +120,10 @@ def start(
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode or not result.exists():
-            print(f"{world_size} ranks, {length} tokens: failed\n{done.stdout[-2000:]}", flush=True)
+            lines = done.stdout.splitlines()
+            errors = [line for line in lines if line.startswith("error: ")]
+            reason = "\n".join(errors) or done.stdout[-2000:]
+            print(f"{world_size} ranks, {length} tokens: failed\n{reason}", flush=True)
             return None
         return json.loads(result.read_text())
 

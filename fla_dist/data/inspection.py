@@ -76,7 +76,7 @@ def describe(plan: Plan, data: DataConfig, split: Split) -> Iterator[str]:
         DamagedShardError: a unit is not built, or its shard is damaged.
     """
     tokenizer = plan.tokenizer
-    yield f"plan {plan.sha256[:16]}, {plan.num_units():,} units"
+    yield f"{_name(plan)}: plan {plan.sha256[:16]}, {plan.num_units():,} units"
     yield (
         f"tokenizer {tokenizer.path}: {tokenizer.vocab_size:,} tokens, end of document "
         + ("none" if tokenizer.end_of_document is None else f"{tokenizer.end_of_document}")
