@@ -64,19 +64,14 @@ def _simple_gla(
 def _gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    """GLA, HGRN2's keys and RWKV6's bonus."""
-
     def launches() -> None:
-        q, k, v = _qkv(sizes, dtype)
-        bonus = _empty(_HEADS, sizes[0])
-        for keys, u in ((k, None), (None, None), (k, bonus)):
-            for g_dtype in [dtype] + [torch.float32] * thorough:
-                g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
-                _train(
-                    *SegmentedGLA.apply(
-                        q, keys, v, g, u, None, _documents(packed), 0.5, on_gpu(LOCAL)
-                    )
+        for g_dtype in [dtype] + [torch.float32] * thorough:
+            g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
+            _train(
+                *SegmentedGLA.apply(
+                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
                 )
+            )
 
     return launches
 

@@ -10,23 +10,30 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
-CHECKED: set[tuple[torch.dtype, int, int]] = set()
+_SMALL = ((24, 40), (64, 64), (128, 128))
+CHECKED = {
+    *((torch.bfloat16, *sizes) for sizes in (*_SMALL, (256, 256), (256, 512))),
+    *((torch.float32, *sizes) for sizes in _SMALL),
+}
 """(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
+SHORTEST = 512
+"""Tokens below which the decay's gradient is the reference's: see
+fla_dist.kernels.simple_gla.settings."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """key_gradient: with a block of all keys and values it computes dk and dv, else dk.  programs:
-    segments of all heads, as many as fill the GPU.  longest: tokens of a segment at most."""
+    """chunk: tokens.  programs: as many as a launch needs to fill the GPU.  longest: tokens of a
+    segment at most; the decay's gradient gathers the rounding of states along a segment."""
 
+    chunk: int
     prepare: Launch
     summarize: Launch
-    output: Launch
-    query_gradient: Launch
-    key_gradient: Launch
+    value_walk: Launch
+    key_walk: Launch
     pair_gradient: Launch
-    programs: int = 256
-    longest: int = 8192
+    programs: int = 1024
+    longest: int = 128
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)
@@ -39,13 +46,13 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        tile, walk = Launch(16, 4, 1), Launch(32 if wide <= 256 else 16, 8, 1)
-        return Settings(tile, walk, walk, walk, walk, tile)
-    tiles, summarize = Launch(16, 1, 2), Launch(64, 4, 4)
+        launch = Launch(32 if wide <= 256 else 16, 4, 1)
+        return Settings(16, launch, launch, launch, launch, launch)
+    pairs, summarize = Launch(32, 1, 1), Launch(64, 4, 4)
     if wide <= 128:
-        walk, both = Launch(64, 4, 3), Launch(128, 8, 3)
+        walk = Launch(64, 4, 3, 168 if capability == 90 else None)
     elif wide <= 256:
-        walk = both = Launch(64, 8, 3)
+        walk = Launch(64, 8, 3)
     else:
-        walk = both = Launch(32, 8, 3)
-    return Settings(tiles, summarize, walk, walk, both, tiles)
+        walk = Launch(32, 8, 3)
+    return Settings(16, pairs, summarize, walk, walk, pairs)

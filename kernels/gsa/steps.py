@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
+from fla_dist.kernels.common.levels import spans
 from fla_dist.kernels.common.segments import segment_length
-from fla_dist.kernels.gla.steps import _spans
 from fla_dist.kernels.gsa.settings import Settings, settings
 from fla_dist.kernels.gsa.triton_kernels import (
     decay_gradient_kernel,
@@ -39,7 +39,7 @@ def _unit_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def _exponent_spans(chosen: Settings, x: Tensor) -> Tensor:
-    return _spans(chosen.chunk, _unit_type(x.dtype), x.device)
+    return spans(chosen.chunk, _unit_type(x.dtype), x.device)
 
 
 def _compiled(chosen: Settings, launch: Launch, x: Tensor, slots: int) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def decay_gradient(
     batch, length, heads, slots = g.shape
     chosen, _ = _settings(k, v)
     launch, dg = chosen.decay_gradient, g.new_empty(g.shape)
-    gradient_spans = _spans(chosen.chunk, k.dtype, g.device)
+    gradient_spans = spans(chosen.chunk, k.dtype, g.device)
     compiled = _compiled(chosen, launch, k, slots)
     compiled["BM"] = min(compiled["BM"], launch.block)
     decay_gradient_kernel[(carries.shape[3], triton.cdiv(slots, compiled["BM"]), batch * heads)](

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
+from fla_dist.kernels.common.levels import span_types, spans
 from fla_dist.kernels.common.segments import segment_length
-from fla_dist.kernels.gla.steps import _span_types, _spans
 from fla_dist.kernels.kda.settings import Settings, settings
 from fla_dist.kernels.kda.triton_kernels import (
     key_walk_kernel,
@@ -53,7 +53,7 @@ def prepare(
     scores, inverse = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
     through = _floats(q, batch, heads, chunks, key_size)
     prepare_kernel[(chunks, batch * heads)](
-        q, k, g, beta, doc_ids, _spans(chunk, _span_types(q.dtype)[0], q.device),
+        q, k, g, beta, doc_ids, spans(chunk, span_types(q.dtype)[0], q.device),
         q_in, k_in, k_out, through, scores, inverse,
         length, heads, scale, *strides(q), *strides(k), *strides(g), *beta.stride(),
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size,
@@ -222,9 +222,9 @@ def key_gradient(
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
     dbeta = _floats(q, batch, length, heads)
     launch = chosen.pairs
-    spans, gradient_spans = (_spans(chunk, dtype, q.device) for dtype in _span_types(q.dtype))
+    summed, gradient_spans = (spans(chunk, dtype, q.device) for dtype in span_types(q.dtype))
     pair_gradient_kernel[(chunks, batch * heads)](
-        q, k, g, beta, *given, doc_ids, spans, gradient_spans, dq_in, dk_in, dk_out, across,
+        q, k, g, beta, *given, doc_ids, summed, gradient_spans, dq_in, dk_in, dk_out, across,
         dq, dk, dg, dbeta, length, heads, scale,
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),

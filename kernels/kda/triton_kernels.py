@@ -43,17 +43,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.levels import (
+    chunk_documents,
+    is_later,
+    level_pairs,
+    summands,
+)
 from fla_dist.kernels.common.segments import LOG2_E, negligible
 from fla_dist.kernels.gated_delta_rule.triton_kernels import (
     load_pairs,
     load_tile,
     unscaled_inverse,
-)
-from fla_dist.kernels.gla.triton_kernels import (
-    chunk_documents,
-    is_later,
-    level_pairs,
-    summands,
 )
 
 

@@ -44,8 +44,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.levels import chunk_documents, is_later, level_pairs, summands
 from fla_dist.kernels.common.segments import LOG2_E, negligible
-from fla_dist.kernels.gla.triton_kernels import chunk_documents, is_later, level_pairs, summands
 
 SOLVED_VALUES: tl.constexpr = tl.constexpr(0)
 VALUE_SCORES: tl.constexpr = tl.constexpr(1)
