@@ -61,6 +61,24 @@ def _simple_gla(
     return launches
 
 
+def _mamba2(
+    sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
+) -> Callable[[], None]:
+    """Simple GLA's kernels, with a step, a skip, and heads that share q and k."""
+
+    def launches() -> None:
+        q, k = (_empty(1, _TOKENS, 1, sizes[0], dtype=dtype) for _ in range(2))
+        v = _empty(1, _TOKENS, _HEADS, sizes[1], dtype=dtype)
+        g, step = (_empty(1, _TOKENS, _HEADS) for _ in range(2))
+        _train(
+            *SegmentedSimpleGLA.apply(
+                q, k, v, g, None, _documents(packed), 1.0, on_gpu(LOCAL), step, _empty(_HEADS)
+            )
+        )
+
+    return launches
+
+
 def _gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
@@ -157,6 +175,7 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
     halves = [torch.bfloat16] + [torch.float16] * thorough
     for name, make, tuned in (
         ("simple_gla", _simple_gla, SIMPLE_GLA_TUNED),
+        ("mamba2", _mamba2, SIMPLE_GLA_TUNED),
         ("gla", _gla, GLA_TUNED),
         ("gsa", _gsa, {}),
         ("gated_delta_rule", _gated_delta_rule, GATED_DELTA_RULE_TUNED),

@@ -18,9 +18,8 @@ serves others."""
 
 @dataclass(frozen=True)
 class Settings:
-    """chunk: tokens.  output: of o and dv.  key_gradient: of dq and dk, and heads: of one of its
-    programs, where heads share q and k.  programs: as many as a launch needs to fill the GPU.
-    longest: tokens of a segment at most.
+    """chunk: tokens.  output: of o and dv.  key_gradient: of dq and dk.  programs: as many as a
+    launch needs to fill the GPU. longest: tokens of a segment at most.
     """
 
     chunk: int
@@ -29,7 +28,6 @@ class Settings:
     key_gradient: Launch
     programs: int = 1024
     longest: int = 1024
-    heads: int = 1
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)
@@ -48,7 +46,7 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     elif wide <= 128:
         chunk, launch = 64, Launch(64, 4, 2)
     elif wide <= 256:
-        chunk, launch = 64, Launch(64, 8, 1)
+        chunk, launch = 64 if capability >= 90 else 32, Launch(32, 8, 1)
     else:
-        chunk, launch = 32, Launch(32, 8, 1)
+        chunk, launch = 16 if capability >= 90 else 32, Launch(32, 8, 1)
     return Settings(chunk, launch, launch, launch)

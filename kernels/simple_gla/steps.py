@@ -7,7 +7,6 @@ skip, how much of v is added to o: [H] fp32 or None.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -29,13 +28,13 @@ from fla_dist.kernels.simple_gla.triton_kernels import (
 from fla_dist.kernels.state import RESET
 
 
-def _settings(q: Tensor, v: Tensor) -> tuple[Settings, int, int]:
-    """The launch settings, the tokens of a segment, and the heads of a program where they share q
-    and k."""
+def _settings(q: Tensor, v: Tensor) -> tuple[Settings, int]:
+    """The launch settings, and the tokens of a segment."""
     batch, length, heads, value_size = v.shape
     chosen = settings(launches.capability(q), q.shape[-1], value_size, q.element_size())
-    segment = segment_length(batch, length, heads, chosen.chunk, chosen.programs, chosen.longest)
-    return chosen, segment, math.gcd(chosen.heads, heads // q.shape[2])
+    return chosen, segment_length(
+        batch, length, heads, chosen.chunk, chosen.programs, chosen.longest
+    )
 
 
 def _segments(q: Tensor, v: Tensor) -> int:
@@ -88,7 +87,7 @@ def summarize(
     (left unwritten in reverse). y is k and z is v, or in reverse q and do."""
     batch, length, heads, size_z = z.shape
     size_x, itemsize = y.shape[-1], z.element_size()
-    chosen, segment, _ = _settings(y, z)
+    chosen, segment = _settings(y, z)
     count = -(-length // segment)
     state = torch.empty(batch, count, heads, size_x, size_z, dtype=torch.float32, device=y.device)
     log_decay = torch.empty(batch, count, heads, 1, 1, dtype=torch.float32, device=y.device)
@@ -135,7 +134,7 @@ def _value_walk(
     skip."""
     batch, length, heads, size_z = z.shape
     size_x, itemsize = x.shape[-1], z.element_size()
-    chosen, segment, _ = _settings(x, z)
+    chosen, segment = _settings(x, z)
     out = torch.empty(batch, length, heads, size_z, dtype=z.dtype, device=z.device)
     block_z, blocks = _blocks(size_z, itemsize, chosen.output.block)
     step_gradient, skip_gradient = (
@@ -222,31 +221,30 @@ def _key_walk(
     with_decay: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One launch of `key_kernel`, summed over the heads that share z: its output, `pair_sums` and
+    """One launch of `key_kernel`, its output summed over the heads that share z; `pair_sums` and
     `state_sums` [blocks, B, H, T]."""
     batch, length, heads, size_x = x.shape
     shared, size_z = z.shape[2:]
     itemsize = x.element_size()
-    chosen, segment, together = _settings(z, x)
-    parts = heads // together
-    out = torch.empty(batch, length, parts, size_z, dtype=z.dtype, device=z.device)
+    chosen, segment = _settings(z, x)
+    out = torch.empty(batch, length, heads, size_z, dtype=z.dtype, device=z.device)
     block_z, blocks = _blocks(size_z, itemsize, chosen.key_gradient.block)
     pair_sums, state_sums = (
         _room(x, wanted, blocks, batch, heads, length)
         for wanted in (with_decay and reverse, with_decay)
     )
     kind, decay_strides = _decay(g)
-    key_kernel[(blocks, state.shape[1], batch * parts)](
+    key_kernel[(blocks, state.shape[1], batch * heads)](
         x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums,
         length, heads, heads // shared, segment, scale, *_strides(x), *_strides(y),
         *_strides(z), *_strides(own), *decay_strides, *_strides(step),
-        HEADS=together, X=size_x, Z=size_z, C=chosen.chunk, BX=_padded(size_x, itemsize),
+        X=size_x, Z=size_z, C=chosen.chunk, BX=_padded(size_x, itemsize),
         BZ=block_z, DECAY=kind,
         STEP=step is not None, PACKED=doc_ids is not None, REVERSE=reverse, SUMS=with_decay,
         PRECISION=precision(x), **chosen.key_gradient.options(),
     )  # fmt: skip
-    if parts != shared:
-        out = out.view(batch, length, shared, parts // shared, size_z).sum(3)
+    if heads != shared:
+        out = out.view(batch, length, shared, heads // shared, size_z).sum(3)
     return out, pair_sums, state_sums
 
 
@@ -325,7 +323,7 @@ def decay_gradient(
 ) -> Tensor:
     """dg [B, T, H] fp32."""
     batch, length, heads, value_size = v.shape
-    chosen, segment, _ = _settings(q, v)
+    chosen, segment = _settings(q, v)
     dg = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     kind, decay_strides = _decay(g)
     decay_gradient_kernel[(entering.shape[1], batch * heads)](

@@ -306,34 +306,33 @@ def key_kernel(
     x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t,
     z_stride_h, own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h,
     step_stride_b, step_stride_t, step_stride_h,
-    HEADS: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
-    BZ: tl.constexpr, DECAY: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    DECAY: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq from x = do, y = v, z = k, or in reverse dk from x = v, y = do, z = q: scale · Σ D (x·y) z
-    over HEADS heads that share q and k, over the tokens of a segment and, through the states that
-    enter it, all before (or after) it.
+    """A head's part of dq from x = do, y = v, z = k, or in reverse of dk from x = v, y = do, z = q:
+    scale · Σ D (x·y) z over the tokens of a segment and, through the state that enters it, all
+    before (or after) it.
 
-    Grid: (blocks of Z, S, B·H / HEADS). One program owns [BX >= X, BZ] of each head's running
-    state. Reads x and y once a block, z and the entering states once, writes out once: bound by
-    memory. With SUMS it reads own (q, or in reverse k) and writes what the decay's gradient is made
-    of: to `state_sums` what of Σ_Z own · out came through the state, and in reverse to `pair_sums`
-    what a token's pairs in its chunk gave it as the later of the two less what they gave it as the
+    Grid: (blocks of Z, S, B·H). One program owns [BX >= X, BZ] of a segment's running state. Reads
+    x and y once a block, z and the entering state once, writes out once: bound by memory. With SUMS
+    it reads own (q, or in reverse k) and writes what the decay's gradient is made of: to
+    `state_sums` what of Σ_Z own · out came through the state, and in reverse to `pair_sums` what a
+    token's pairs in its chunk gave it as the later of the two less what they gave it as the
     earlier; one matrix gives both, so that they cancel where they must.
     """
     block_z, segment_index = tl.program_id(0), tl.program_id(1)
-    parts = H // HEADS
-    batch, part = tl.program_id(2) // parts, tl.program_id(2) % parts
+    batch, head = tl.program_id(2) // H, tl.program_id(2) % H
     first = segment_index * segment
     end = tl.minimum(first + segment, T)
     chunks = tl.cdiv(end - first, C)
     o_c, o_x, o_z = tl.arange(0, C), tl.arange(0, BX), block_z * BZ + tl.arange(0, BZ)
     mask_x, mask_z = o_x < X, o_z < Z
-    shared = (part * HEADS // sharing).to(tl.int64)
+    wide_head, shared = head.to(tl.int64), (head // sharing).to(tl.int64)
     x += batch.to(tl.int64) * x_stride_b
     y += batch.to(tl.int64) * y_stride_b
     z += batch.to(tl.int64) * z_stride_b + shared * z_stride_h
-    out += (batch.to(tl.int64) * T * parts + part) * Z
+    out += (batch.to(tl.int64) * T * H + head) * Z
     if DECAY == TOKEN_DECAY:
         g += batch.to(tl.int64) * g_stride_b
     if STEP:
@@ -342,15 +341,11 @@ def key_kernel(
         doc_ids += batch.to(tl.int64) * T
     if SUMS:
         own += batch.to(tl.int64) * own_stride_b + shared * own_stride_h
-        sums = (block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * HEADS * T
+        sums = (block_z.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * T
 
-    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + part * HEADS
+    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     p_state = state + stretch * X * Z + o_x[:, None] + o_z[None, :] * X
-    mask_state = mask_x[:, None] & mask_z[None, :]
-    b_states = ()
-    for h in tl.static_range(HEADS):
-        b_entering = tl.load(p_state + h * X * Z, mask=mask_state, other=0.0)
-        b_states += (b_entering,)  # type: ignore[assignment]
+    b_state = tl.load(p_state, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
 
     for i in range(chunks):
         start = first + (chunks - 1 - i if REVERSE else i) * C
@@ -359,58 +354,44 @@ def key_kernel(
         b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
         if SUMS:
             b_own = load_rows(own, start, T, own_stride_t, o_c, o_z, Z, Z % BZ == 0)
-        b_left = ()
-        for h in tl.static_range(HEADS):
-            head = (part * HEADS + h).to(tl.int64)
-            p_x, p_y = x + head * x_stride_h, y + head * y_stride_h
-            b_x = load_rows(p_x, start, T, x_stride_t, o_c, o_x, X, X % BX == 0)
-            b_y = load_rows(p_y, start, T, y_stride_t, o_c, o_x, X, X % BX == 0)
-            head_decay = head_log2_decay(g, head, DECAY)
-            p_g = g
-            if DECAY == TOKEN_DECAY:
-                p_g = g + head * g_stride_h
-            b_sum, b_document, b_from_start, b_to_end, b_through = live_decay(
-                p_g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED,
-                PRECISION == "ieee",
-            )  # fmt: skip
-            b_into = b_to_end if REVERSE else b_from_start * scale
-            b_out_of = b_from_start * scale if REVERSE else b_to_end
-            if STEP:
-                p_step = step + head * step_stride_h + (start + o_c).to(tl.int64) * step_stride_t
-                b_step = tl.load(p_step, mask=mask_c, other=0.0)
-                if REVERSE:
-                    b_into *= b_step
-                else:
-                    b_out_of *= b_step
-            b_through_state = tl.zeros([C, BZ], dtype=tl.float32)
-            b_through_state = split_dot(b_x, b_states[h], b_through_state, SUMS, PRECISION)
-            b_through_state *= b_into[:, None]
-            if SUMS:
-                b_amount = tl.sum(b_own.to(tl.float32) * b_through_state, axis=1)
-                tl.store(state_sums + sums + h * T + start + o_c, b_amount, mask=mask_c)
-            if h == 0:
-                b_out = b_through_state
+        p_x, p_y = x + wide_head * x_stride_h, y + wide_head * y_stride_h
+        b_x = load_rows(p_x, start, T, x_stride_t, o_c, o_x, X, X % BX == 0)
+        b_y = load_rows(p_y, start, T, y_stride_t, o_c, o_x, X, X % BX == 0)
+        head_decay = head_log2_decay(g, wide_head, DECAY)
+        p_g = g
+        if DECAY == TOKEN_DECAY:
+            p_g = g + wide_head * g_stride_h
+        b_sum, b_document, b_from_start, b_to_end, b_through = live_decay(
+            p_g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED, PRECISION == "ieee"
+        )
+        b_into = b_to_end if REVERSE else b_from_start * scale
+        b_out_of = b_from_start * scale if REVERSE else b_to_end
+        if STEP:
+            p_step = step + wide_head * step_stride_h + (start + o_c).to(tl.int64) * step_stride_t
+            b_step = tl.load(p_step, mask=mask_c, other=0.0)
+            if REVERSE:
+                b_into *= b_step
             else:
-                b_out += b_through_state
-            b_weighted = b_z.to(tl.float32) * b_out_of[:, None]
-            b_state = b_states[h] * b_through
-            b_state = split_dot(tl.trans(b_y), b_weighted, b_state, SUMS, PRECISION)
-            b_left += (b_state,)  # type: ignore[assignment]
-            b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
-            b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
-            if STEP:
-                b_score *= b_step[:, None] if REVERSE else b_step[None, :]
-            if SUMS and REVERSE:
-                b_amount = tl.dot(b_own, tl.trans(b_z), input_precision=PRECISION) * b_score
-                b_amount = tl.sum(b_amount, axis=0) - tl.sum(tl.trans(b_amount), axis=0)
-                tl.store(pair_sums + sums + h * T + start + o_c, b_amount, mask=mask_c)
-            if h == 0:
-                b_scores = b_score
-            else:
-                b_scores += b_score
-        b_states = b_left
-        b_out = tl.dot(b_scores.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
-        p_out = out + start.to(tl.int64) * parts * Z + o_c[:, None] * (parts * Z) + o_z[None, :]
+                b_out_of *= b_step
+        b_out = tl.zeros([C, BZ], dtype=tl.float32)
+        b_out = split_dot(b_x, b_state, b_out, SUMS, PRECISION) * b_into[:, None]
+        if SUMS:
+            b_amount = tl.sum(b_own.to(tl.float32) * b_out, axis=1)
+            tl.store(state_sums + sums + start + o_c, b_amount, mask=mask_c)
+        # The state before the scores: they do not fit in registers together.
+        b_weighted = b_z.to(tl.float32) * b_out_of[:, None]
+        b_state = b_state * b_through
+        b_state = split_dot(tl.trans(b_y), b_weighted, b_state, SUMS, PRECISION)
+        b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
+        b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
+        if STEP:
+            b_score *= b_step[:, None] if REVERSE else b_step[None, :]
+        if SUMS and REVERSE:
+            b_amount = tl.dot(b_own, tl.trans(b_z), input_precision=PRECISION) * b_score
+            b_amount = tl.sum(b_amount, axis=0) - tl.sum(tl.trans(b_amount), axis=0)
+            tl.store(pair_sums + sums + start + o_c, b_amount, mask=mask_c)
+        b_out = tl.dot(b_score.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+        p_out = out + start.to(tl.int64) * H * Z + o_c[:, None] * (H * Z) + o_z[None, :]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cz)
 
 

@@ -77,7 +77,7 @@ def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_interpreter_matches_recurrence(groups: int, monkeypatch) -> None:
     launch = Launch(16, 4, 1)
-    chosen = Settings(16, launch, launch, launch, programs=10**9, longest=32, heads=2)
+    chosen = Settings(16, launch, launch, launch, programs=10**9, longest=32)
     monkeypatch.setattr(op, "has_kernels", lambda *_: True)
     monkeypatch.setattr(steps, "settings", lambda *_: chosen)
     inputs, ids = make(43, 24, 20, groups), documents(43)
