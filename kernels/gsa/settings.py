@@ -35,10 +35,9 @@ class Settings:
 def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
     """By a rule: a program walks with 64 slots of a whole head, or, where columns of the state do
     not depend on each other, of 128 columns of it."""
-    wide = max(key_size, value_size)
     if itemsize == 4:
-        walk, pairs = Launch(32, 4 if wide <= 128 else 8, 1), Launch(32, 4, 1)
-        return Settings(16, pairs, walk, walk, pairs, walk, walk, pairs)
-    walk = Launch(128, 4, 3) if wide <= 128 else Launch(128, 8, 2)
+        walk, blocks, pairs = Launch(32, 8, 1), Launch(32, 4, 1), Launch(32, 4, 1)
+        return Settings(16, pairs, blocks, walk, pairs, blocks, walk, pairs)
+    walk = Launch(128, 4, 3) if max(key_size, value_size) <= 128 else Launch(128, 8, 2)
     pairs, scores, decays = Launch(64, 1, 1), Launch(64, 1, 1, 128), Launch(64, 2, 1)
     return Settings(16, pairs, Launch(128, 4, 4), walk, scores, Launch(128, 4, 3), walk, decays)
