@@ -15,6 +15,10 @@ from fla_dist.kernels.simple_gla import simple_gla
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA, has_kernels
 from fla_dist.kernels.state import LOCAL, Scan
 
+CHECKED = {(torch.bfloat16, 128, 64)}
+"""(dtype, N, P) at which the kernels were checked on a GPU (compute capability 9.0); simple GLA
+serves others."""
+
 
 def state_space_dual(
     x: Tensor,
@@ -78,7 +82,7 @@ def state_space_dual(
     dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
     # The paper's section 4: C is attention's query, B its key, Δ x its value, Δ A its log decay.
     log_decay = dt * A
-    if has_kernels(C, x, log_decay):
+    if has_kernels(C, x, log_decay, CHECKED):
         C, B, x = rows_contiguous(C), rows_contiguous(B), rows_contiguous(x)
         doc_ids = None if doc_ids is None else doc_ids.contiguous()
         D = None if D is None else D.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,9 +71,14 @@ class SegmentedSimpleGLA(torch.autograd.Function):
         )  # fmt: skip
 
 
-def has_kernels(q: Tensor, v: Tensor, g: Tensor | None) -> bool:
+def has_kernels(
+    q: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    checked: Collection[tuple[torch.dtype, int, int]] = CHECKED,
+) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
-    if capability(q) != 90 or (q.dtype, q.shape[-1], v.shape[-1]) not in CHECKED:
+    if capability(q) != 90 or (q.dtype, q.shape[-1], v.shape[-1]) not in checked:
         return False
     return g is None or g.ndim == 3 or not (g.requires_grad and torch.is_grad_enabled())
 
