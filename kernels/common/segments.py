@@ -23,6 +23,15 @@ def segment_length(
     return chunk * chunks
 
 
+def one_segment(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    """The state [B, H, K, V], or zeros, as that of the only segment; k [B, T, ·, K], v
+    [B, T, H, V]."""
+    if state is not None:
+        return state.float().contiguous()[:, None]
+    batch, _, heads, value_size = v.shape
+    return v.new_zeros(batch, 1, heads, k.shape[-1], value_size, dtype=torch.float32)
+
+
 @triton.jit
 def negligible(EXACT: tl.constexpr):
     """A chunk's decay below which a gradient through the chunk is less than the rounding of the

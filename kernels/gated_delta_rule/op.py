@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
 from fla_dist.kernels.gated_delta_rule.settings import CHECKED, SHORTEST
@@ -33,7 +34,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
         inverse, scores, weights, through = prepare(q, k, v, g, beta, doc_ids, scale)
         pending = None
         if scan is LOCAL and segments(q, v) == 1:
-            entering = _one_segment(initial_state, q, v)
+            entering = one_segment(initial_state, q, v)
         else:
             state, transition = summarize(k, v, weights, through, inverse)
             pending = on_gpu(scan).start(Dense(transition), state, initial_state)
@@ -58,7 +59,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
         do = torch.zeros_like(written) if do is None else rows_contiguous(do)
         from_scan = None
         if ctx.pending is None:
-            leaving_gradient = _one_segment(final_gradient, q, written)
+            leaving_gradient = one_segment(final_gradient, q, written)
         else:
             gradient = summarize_gradient(
                 q, k, do, weights, through, inverse, scores, ctx.scale
@@ -85,14 +86,6 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
             dq, dk, dv, None if gate_dtype is None else dg.to(gate_dtype), dbeta.to(beta_dtype),
             initial_gradient if ctx.has_initial else None, None, None, None,
         )  # fmt: skip
-
-
-def _one_segment(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
-    """The state [B, H, K, V], or zeros, as that of the only segment."""
-    if state is not None:
-        return state.float().contiguous()[:, None]
-    batch, _, heads, value_size = v.shape
-    return v.new_zeros(batch, 1, heads, q.shape[-1], value_size, dtype=torch.float32)
 
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:

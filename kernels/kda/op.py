@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.kda.reference import kda_chunked
 from fla_dist.kernels.kda.settings import CHECKED, SHORTEST
@@ -33,7 +34,7 @@ class SegmentedKDA(torch.autograd.Function):
         q_in, k_in, k_out, through, scores, inverse = prepare(q, k, v, g, beta, doc_ids, scale)
         pending = None
         if scan is LOCAL and segments(k, v) == 1:
-            entering = _one_segment(initial_state, k, v)
+            entering = one_segment(initial_state, k, v)
         else:
             state, transition = summarize(k_in, k_out, v, through, inverse)
             pending = on_gpu(scan).start(Dense(transition), state, initial_state)
@@ -58,7 +59,7 @@ class SegmentedKDA(torch.autograd.Function):
         solved = q_in, k_in, k_out, do, through, scores, inverse
         from_scan = None
         if ctx.pending is None:
-            leaving_gradient = _one_segment(final_gradient, k, residual)
+            leaving_gradient = one_segment(final_gradient, k, residual)
         else:
             leaving_gradient, from_scan = (
                 on_gpu(ctx.scan)
@@ -79,14 +80,6 @@ class SegmentedKDA(torch.autograd.Function):
             dq, dk, dv, dg, dbeta.to(beta.dtype), initial_gradient if ctx.has_initial else None,
             None, None, None,
         )  # fmt: skip
-
-
-def _one_segment(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
-    """The state [B, H, K, V], or zeros, as that of the only segment."""
-    if state is not None:
-        return state.float().contiguous()[:, None]
-    batch, _, heads, value_size = v.shape
-    return v.new_zeros(batch, 1, heads, k.shape[-1], value_size, dtype=torch.float32)
 
 
 def segmented_kda(

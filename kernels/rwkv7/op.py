@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability
+from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked
 from fla_dist.kernels.rwkv7.settings import CHECKED, SHORTEST
@@ -32,7 +33,7 @@ class SegmentedRWKV7(torch.autograd.Function):
         reads, writes, pairs, through = prepare(r, k, v, a, b, g, doc_ids, scale)
         pending = None
         if scan is LOCAL and segments(r, v) == 1:
-            entering = _one_segment(initial_state, r, v)
+            entering = one_segment(initial_state, r, v)
         else:
             state, transition = summarize(reads, writes, v, pairs, through)
             pending = on_gpu(scan).start(Dense(transition), state, initial_state)
@@ -54,7 +55,7 @@ class SegmentedRWKV7(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         initial_gradient = None
         if ctx.pending is None:
-            leaving_gradient = _one_segment(final_gradient, r, v)
+            leaving_gradient = one_segment(final_gradient, r, v)
         else:
             gradient = summarize_gradient(reads, writes, do, pairs, through)
             leaving_gradient, initial_gradient = (
@@ -74,14 +75,6 @@ class SegmentedRWKV7(torch.autograd.Function):
         return (
             dr, dg, dk, dv, da, db, initial_gradient if ctx.has_initial else None, None, None, None,
         )  # fmt: skip
-
-
-def _one_segment(state: Tensor | None, r: Tensor, v: Tensor) -> Tensor:
-    """The state [B, H, K, V], or zeros, as that of the only segment."""
-    if state is not None:
-        return state.float().contiguous()[:, None]
-    batch, _, heads, value_size = v.shape
-    return v.new_zeros(batch, 1, heads, r.shape[-1], value_size, dtype=torch.float32)
 
 
 def _has_kernels(r: Tensor, v: Tensor, a: Tensor, b: Tensor) -> bool:
