@@ -179,7 +179,7 @@ class _AllGather:
             dk, dv = (torch.cat([share[i] for share in shares], dim=1) for i in (1, 2))
             steps = _scatter_tokens(torch.stack([dk, dv], dim=2), q.shape[1], self._slices)
             dkv = exchange(steps, self._slices, "gradients of keys and values, backward")
-            gradients.append((dq, *dkv.unbind(dim=2)))
+            gradients.append((dq, *dkv.to(k.dtype).unbind(dim=2)))
         dq, dk, dv = (torch.cat(parts, dim=2) for parts in zip(*gradients, strict=True))
         return dq, dk, dv
 
@@ -244,14 +244,14 @@ class _AllToAll:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (self._to_heads(x, "forward") for x in (q, k, v))
         o, lse = attend(q, k, v, self._whole)
-        return self._to_tokens(o, "forward"), lse
+        return self._to_tokens(o.to(q.dtype), "forward"), lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, do = (self._to_heads(x, "backward") for x in (q, k, v, o, do))
         gradients = attend_backward(q, k, v, o, lse, do, self._whole)
-        dq, dk, dv = (self._to_tokens(x, "backward") for x in gradients)
+        dq, dk, dv = (self._to_tokens(x.to(q.dtype), "backward") for x in gradients)
         return dq, dk, dv
 
     def _to_heads(self, x: Tensor, direction: str) -> Tensor:
@@ -333,7 +333,7 @@ class _Ring:
                 seen, keys, values = next(hops)
                 gradients = attend_backward(q, keys, values, o, lse, do, seen)
                 dq += gradients[0]
-                part = torch.stack(gradients[1:])
+                part = torch.stack(gradients[1:]).to(k.dtype)
             steps = self._to_owner(part, torch.zeros_like(dkv, dtype=k.dtype), hop)
             phase = f"gradients of keys and values {hop}, backward"
             dkv += exchange(steps, self._slices, phase)

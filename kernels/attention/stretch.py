@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla_dist.kernels.common.precision import without_autocast
+
 QUERY_BLOCK, KEY_BLOCK = 512, 4096
 """A tile of scores in plain PyTorch."""
 
@@ -76,6 +78,7 @@ def document_segments(positions: Tensor, start: int, count: int) -> tuple[Tensor
     )
 
 
+@without_autocast
 def attend(q: Tensor, k: Tensor, v: Tensor, to: Stretch) -> tuple[Tensor, Tensor]:
     """Softmax attention to the keys of a stretch that a query sees: those from first_t to its own.
 
@@ -83,8 +86,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, to: Stretch) -> tuple[Tensor, Tensor
         q: [B, T, H, K].      k, v: [B, `to.count`, G, K]; H is a multiple of G.
 
     Returns:
-        o [B, T, H, K], 0 where a query sees no key; the scores' log-sum-exp [B, T, H] in fp32 or
-        fp64, -inf there.
+        o [B, T, H, K], 0 where a query sees no key, in q's dtype or in that of the scores'
+        log-sum-exp [B, T, H], which is fp32 or fp64; it is -inf there.
     """
     if _by_flash(q, to):
         outputs = torch.ops.aten._flash_attention_forward(
@@ -98,13 +101,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, to: Stretch) -> tuple[Tensor, Tensor
     for queries, keys, seen in _tiles(to):
         part = _attend(q[:, queries], k[:, keys], v[:, keys], seen)
         o[:, queries], lse[:, queries] = join(o[:, queries], lse[:, queries], *part)
-    return o.to(q.dtype), lse
+    return o, lse
 
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, to: Stretch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the keys of a stretch give to dq, dk and dv (arXiv:2205.14135, algorithm 4).
+    """What the keys of a stretch give to dq, dk and dv (arXiv:2205.14135, algorithm 4), in q's
+    dtype or lse's.
 
     Args:
         o, lse: over all keys that a query sees, in this stretch or not.
@@ -127,7 +131,7 @@ def attend_backward(
         dq[:, queries] += gradients[0]
         dk[:, keys] += gradients[1]
         dv[:, keys] += gradients[2]
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv
 
 
 def join(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
