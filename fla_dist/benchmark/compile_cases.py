@@ -42,23 +42,25 @@ def _train(output: Tensor, final: Tensor) -> None:
     torch.autograd.backward([output, final], [torch.empty_like(output), torch.empty_like(final)])
 
 
-def _qkv(sizes: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    return [_empty(1, _TOKENS, _HEADS, width, dtype=dtype) for width in (sizes[0], *sizes)]
+def _attention(
+    function: type[torch.autograd.Function],
+    decays: Callable[[], list[Tensor | None]],
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    packed: bool,
+) -> None:
+    q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+    for g in decays():
+        _train(*function.apply(q, k, v, g, None, _documents(packed), 0.5, on_gpu(LOCAL)))
 
 
 def _simple_gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def launches() -> None:
-        decays = [torch.empty(_HEADS), _empty(1, _TOKENS, _HEADS), *[None] * thorough]
-        for g in decays:
-            _train(
-                *SegmentedSimpleGLA.apply(
-                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
-                )
-            )
+    def decays() -> list[Tensor | None]:
+        return [torch.empty(_HEADS), _empty(1, _TOKENS, _HEADS), *[None] * thorough]
 
-    return launches
+    return lambda: _attention(SegmentedSimpleGLA, decays, sizes, dtype, packed)
 
 
 def _mamba2(
@@ -82,31 +84,21 @@ def _mamba2(
 def _gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def launches() -> None:
-        for g_dtype in [dtype] + [torch.float32] * thorough:
-            g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
-            _train(
-                *SegmentedGLA.apply(
-                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
-                )
-            )
+    def decays() -> list[Tensor | None]:
+        dtypes = [dtype] + [torch.float32] * thorough
+        return [_empty(1, _TOKENS, _HEADS, sizes[0], dtype=each) for each in dtypes]
 
-    return launches
+    return lambda: _attention(SegmentedGLA, decays, sizes, dtype, packed)
 
 
 def _gsa(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def launches() -> None:
-        for g_dtype in [dtype] + [torch.float32] * thorough:
-            g = _empty(1, _TOKENS, _HEADS, _SLOTS, dtype=g_dtype)
-            _train(
-                *SegmentedGSA.apply(
-                    *_qkv(sizes, dtype), g, None, _documents(packed), 0.5, on_gpu(LOCAL)
-                )
-            )
+    def decays() -> list[Tensor | None]:
+        dtypes = [dtype] + [torch.float32] * thorough
+        return [_empty(1, _TOKENS, _HEADS, _SLOTS, dtype=each) for each in dtypes]
 
-    return launches
+    return lambda: _attention(SegmentedGSA, decays, sizes, dtype, packed)
 
 
 def _hgrn(dtype: torch.dtype, packed: bool) -> Callable[[], None]:

@@ -107,6 +107,11 @@ def step(name: str) -> Callable[[Callable[..., Any]], Step]:
     return lambda function: Step(name, function)
 
 
+def floats(like: Tensor, *shape: int) -> Tensor:
+    """Room for fp32 numbers on the device of `like`."""
+    return like.new_empty(shape, dtype=torch.float32)
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """The tensor with its last axis contiguous, copied only where it is not."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
-from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
+from fla_dist.kernels.common.launch import Launch, floats, padded, precision, step, strides
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gated_delta_rule.settings import Settings, settings
 from fla_dist.kernels.gated_delta_rule.triton_kernels import (
@@ -48,10 +48,6 @@ def _options(launch: Launch) -> dict[str, Any]:
     return {"num_warps": launch.warps, "num_stages": launch.stages}
 
 
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
 @step("fla_dist::gated_delta_rule_prepare")
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc_ids: Tensor | None,
@@ -63,8 +59,8 @@ def prepare(
     key_size, chosen = q.shape[-1], _settings(q, v)
     count, decay = triton.cdiv(length, chosen.chunk), g is not None or doc_ids is not None
     inverse, scores = (q.new_empty(batch, heads, length, chosen.chunk) for _ in range(2))
-    weights = _floats(q, 4, batch, heads, length)
-    through = _floats(q, batch, heads, count if decay else 0)
+    weights = floats(q, 4, batch, heads, length)
+    through = floats(q, batch, heads, count if decay else 0)
     prepare_kernel[(count, 1, batch * heads)](
         q, k, g, beta, doc_ids, inverse, scores, weights, through,
         *_sizes(q, v), scale,
@@ -82,7 +78,7 @@ def _(q, k, v, g, beta, doc_ids, scale):
     chunk = _settings(q, v).chunk
     count = 0 if g is None and doc_ids is None else -(-length // chunk)
     inverse, scores = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
-    return inverse, scores, _floats(q, 4, batch, heads, length), _floats(q, batch, heads, count)
+    return inverse, scores, floats(q, 4, batch, heads, length), floats(q, batch, heads, count)
 
 
 def _value_walk(
@@ -111,7 +107,7 @@ def summarize(
 ) -> tuple[Tensor, Tensor]:
     """Each segment's state from zero [B, S, H, K, V], and its transition [B, S, H, K, K]."""
     shape = (v.shape[0], segments(k, v), v.shape[2], k.shape[-1])
-    state, transition = _floats(v, *shape, v.shape[-1]), _floats(v, *shape, k.shape[-1])
+    state, transition = floats(v, *shape, v.shape[-1]), floats(v, *shape, k.shape[-1])
     _value_walk(
         k, k, v, weights, through, inverse, None, None, state, transition, None, None, 1.0,
         _settings(k, v).summarize,
@@ -122,7 +118,7 @@ def summarize(
 @summarize.register_fake
 def _(k, v, weights, through, inverse):
     shape = (v.shape[0], segments(k, v), v.shape[2], k.shape[-1])
-    return _floats(v, *shape, v.shape[-1]), _floats(v, *shape, k.shape[-1])
+    return floats(v, *shape, v.shape[-1]), floats(v, *shape, k.shape[-1])
 
 
 @step("fla_dist::gated_delta_rule_output")
@@ -173,7 +169,7 @@ def summarize_gradient(
 ) -> Tensor:  # fmt: skip
     """What each segment's own outputs give the gradient of its entering state, [B, S, H, K, V]."""
     batch, _, heads, value_size = do.shape
-    gradient = _floats(do, batch, segments(q, do), heads, q.shape[-1], value_size)
+    gradient = floats(do, batch, segments(q, do), heads, q.shape[-1], value_size)
     _value_gradient(
         q, k, do, weights, through, inverse, scores, None, None, gradient, None, None, scale,
         _settings(q, do).summarize_gradient,
@@ -184,7 +180,7 @@ def summarize_gradient(
 @summarize_gradient.register_fake
 def _(q, k, do, weights, through, inverse, scores, scale):
     batch, _, heads, value_size = do.shape
-    return _floats(do, batch, segments(q, do), heads, q.shape[-1], value_size)
+    return floats(do, batch, segments(q, do), heads, q.shape[-1], value_size)
 
 
 @step("fla_dist::gated_delta_rule_value_gradient")
@@ -197,7 +193,7 @@ def value_gradient(
     batch, length, heads, value_size = do.shape
     launch = _settings(q, do).value_gradient
     blocks = triton.cdiv(value_size, min(padded(value_size, q.element_size()), launch.block))
-    dv, beta_sums = torch.empty_like(written), _floats(q, blocks, batch, heads, length)
+    dv, beta_sums = torch.empty_like(written), floats(q, blocks, batch, heads, length)
     initial_gradient = leaving_gradient.new_empty(leaving_gradient[:, 0].shape)
     _value_gradient(
         q, k, do, weights, through, inverse, scores, written, leaving_gradient, initial_gradient,
@@ -209,7 +205,7 @@ def value_gradient(
 @value_gradient.register_fake
 def _(q, k, do, weights, through, inverse, scores, written, leaving_gradient, scale):
     batch, length, heads, _ = do.shape
-    dbeta = _floats(q, batch, heads, length).transpose(1, 2)
+    dbeta = floats(q, batch, heads, length).transpose(1, 2)
     initial_gradient = leaving_gradient.new_empty(leaving_gradient[:, 0].shape)
     return torch.empty_like(written), dbeta, initial_gradient
 
@@ -230,7 +226,7 @@ def key_gradient(
     common = {"C": chosen.chunk, "K": key_size, "V": value_size, "PRECISION": precision(q)}
 
     query_pairs, key_pairs = (q.new_empty(batch, heads, length, chosen.chunk) for _ in range(2))
-    pair_sums = _floats(q, batch, heads, length if with_gates else 0)
+    pair_sums = floats(q, batch, heads, length if with_gates else 0)
     pair_gradient_kernel[(count, 1, rows)](
         q, k, do, dv, written, weights, doc_ids, query_pairs, key_pairs, pair_sums,
         *_sizes(q, do), scale, *where,
@@ -244,8 +240,8 @@ def key_gradient(
     blocks = triton.cdiv(key_size, block)
     dq, dk = (q.new_empty(batch, length, heads, key_size) for _ in range(2))
     sums_blocks = blocks if with_gates else 0
-    state_sums, after_sums = (_floats(q, sums_blocks, batch, heads, length) for _ in range(2))
-    across_sums = _floats(q, sums_blocks, batch, heads, count)
+    state_sums, after_sums = (floats(q, sums_blocks, batch, heads, length) for _ in range(2))
+    across_sums = floats(q, sums_blocks, batch, heads, count)
     grid = (blocks, entering.shape[1], rows)
     sizes = (*_sizes(q, do), _segment(q, do), scale)
     options = {
@@ -262,8 +258,8 @@ def key_gradient(
         *sizes, *where, EXACT=precision(q) == "ieee", **options,
     )  # fmt: skip
     if not with_gates:
-        return dq, dk, _floats(q, 0)
-    dg = _floats(q, batch, length, heads)
+        return dq, dk, floats(q, 0)
+    dg = floats(q, batch, length, heads)
     decay_gradient_kernel[(count, 1, rows)](
         pair_sums, state_sums, after_sums, across_sums, doc_ids, dg, length, heads, blocks,
         C=chosen.chunk, PACKED=packed, num_warps=2,
@@ -278,4 +274,4 @@ def _(
 ):  # fmt: skip
     batch, length, heads, _ = do.shape
     dq, dk = (q.new_empty(batch, length, heads, q.shape[-1]) for _ in range(2))
-    return dq, dk, _floats(q, *((batch, length, heads) if with_gates else (0,)))
+    return dq, dk, floats(q, *((batch, length, heads) if with_gates else (0,)))

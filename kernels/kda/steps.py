@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
+from fla_dist.kernels.common.launch import Launch, floats, padded, precision, step, strides
 from fla_dist.kernels.common.levels import span_types, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.kda.settings import Settings, settings
@@ -35,10 +35,6 @@ def segments(k: Tensor, v: Tensor) -> int:
     return -(-v.shape[1] // _segment(k, v))
 
 
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
 @step("fla_dist::kda_prepare")
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, doc_ids: Tensor | None, scale: float
@@ -51,7 +47,7 @@ def prepare(
     chunks = triton.cdiv(length, chunk)
     q_in, k_in, k_out = (q.new_empty(batch, heads, length, key_size) for _ in range(3))
     scores, inverse = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
-    through = _floats(q, batch, heads, chunks, key_size)
+    through = floats(q, batch, heads, chunks, key_size)
     prepare_kernel[(chunks, batch * heads)](
         q, k, g, beta, doc_ids, spans(chunk, span_types(q.dtype)[0], q.device),
         q_in, k_in, k_out, through, scores, inverse,
@@ -69,7 +65,7 @@ def _(q, k, v, g, beta, doc_ids, scale):
     chunk = _settings(q, v).chunk
     rows = (q.new_empty(batch, heads, length, key_size) for _ in range(3))
     pairs = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
-    return *rows, _floats(q, batch, heads, -(-length // chunk), key_size), *pairs
+    return *rows, floats(q, batch, heads, -(-length // chunk), key_size), *pairs
 
 
 def _value_walk(
@@ -98,7 +94,7 @@ def summarize(
 ) -> tuple[Tensor, Tensor]:
     """Each segment's state from zero [B, S, H, K, V], and its transition [B, S, H, K, K]."""
     shape = (v.shape[0], segments(k_in, v), v.shape[2], k_in.shape[-1])
-    state, transition = _floats(v, *shape, v.shape[-1]), _floats(v, *shape, k_in.shape[-1])
+    state, transition = floats(v, *shape, v.shape[-1]), floats(v, *shape, k_in.shape[-1])
     _value_walk(
         None, k_in, k_out, v, through, inverse, None, None, state, transition, None, None,
         _settings(k_in, v).summarize,
@@ -109,7 +105,7 @@ def summarize(
 @summarize.register_fake
 def _(k_in, k_out, v, through, inverse):
     shape = (v.shape[0], segments(k_in, v), v.shape[2], k_in.shape[-1])
-    return _floats(v, *shape, v.shape[-1]), _floats(v, *shape, k_in.shape[-1])
+    return floats(v, *shape, v.shape[-1]), floats(v, *shape, k_in.shape[-1])
 
 
 @step("fla_dist::kda_output")
@@ -155,7 +151,7 @@ def summarize_gradient(
 ) -> Tensor:  # fmt: skip
     """What each segment's own outputs give the gradient of its entering state, [B, S, H, K, V]."""
     batch, _, heads, value_size = do.shape
-    gradient = _floats(do, batch, segments(k_in, do), heads, k_in.shape[-1], value_size)
+    gradient = floats(do, batch, segments(k_in, do), heads, k_in.shape[-1], value_size)
     _value_gradient(
         q_in, k_in, k_out, do, through, scores, inverse, None, gradient, None,
         _settings(k_in, do).summarize_gradient,
@@ -166,7 +162,7 @@ def summarize_gradient(
 @summarize_gradient.register_fake
 def _(q_in, k_in, k_out, do, through, scores, inverse):
     batch, _, heads, value_size = do.shape
-    return _floats(do, batch, segments(k_in, do), heads, k_in.shape[-1], value_size)
+    return floats(do, batch, segments(k_in, do), heads, k_in.shape[-1], value_size)
 
 
 @step("fla_dist::kda_value_gradient")
@@ -220,7 +216,7 @@ def key_gradient(
             STAGES=launch.stages, **common, **launch.options(),
         )  # fmt: skip
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
-    dbeta = _floats(q, batch, length, heads)
+    dbeta = floats(q, batch, length, heads)
     launch = chosen.pairs
     summed, gradient_spans = (spans(chunk, dtype, q.device) for dtype in span_types(q.dtype))
     pair_gradient_kernel[(chunks, batch * heads)](
@@ -239,5 +235,5 @@ def _(
     q, k, g, beta, doc_ids, q_in, k_in, k_out, through, residual, do, dv, entering, final,
     leaving_gradient, scale,
 ):  # fmt: skip
-    dbeta = _floats(q, *q.shape[:3])
+    dbeta = floats(q, *q.shape[:3])
     return q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape), dbeta

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import padded, precision, step
+from fla_dist.kernels.common.launch import floats, padded, precision, step
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.rwkv7.settings import Settings, settings
 from fla_dist.kernels.rwkv7.triton_kernels import (
@@ -55,10 +55,6 @@ def _span_types(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return torch.float16, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
 @step("fla_dist::rwkv7_prepare")
 def prepare(
     r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, doc_ids: Tensor | None,
@@ -72,7 +68,7 @@ def prepare(
     count = triton.cdiv(length, chunk)
     reads, writes = (r.new_empty(2, batch, heads, length, key_size) for _ in range(2))
     pairs = r.new_empty(4, batch, heads, length, chunk)
-    through = _floats(r, batch, heads, count, key_size)
+    through = floats(r, batch, heads, count, key_size)
     prepare_kernel[(count, batch * heads)](
         r, k, a, b, g, doc_ids, _spans(chunk, _span_types(r.dtype)[0], r.device),
         reads, writes, pairs, through,
@@ -91,7 +87,7 @@ def _(r, k, v, a, b, g, doc_ids, scale):
     chunk = _settings(r, v).chunk
     reads = r.new_empty(2, batch, heads, length, key_size)
     pairs = r.new_empty(4, batch, heads, length, chunk)
-    through = _floats(r, batch, heads, -(-length // chunk), key_size)
+    through = floats(r, batch, heads, -(-length // chunk), key_size)
     return reads, torch.empty_like(reads), pairs, through
 
 
@@ -128,8 +124,8 @@ def summarize(
     batch, _, heads, value_size = v.shape
     key_size = reads.shape[-1]
     count = segments(reads, v)
-    state = _floats(v, batch, count, heads, key_size, value_size)
-    transition = _floats(v, batch, count, heads, key_size, key_size)
+    state = floats(v, batch, count, heads, key_size, value_size)
+    transition = floats(v, batch, count, heads, key_size, key_size)
     _value_walk(
         reads, writes, v, pairs, through, None, None, None, None, state, transition, False
     )  # fmt: skip
@@ -141,7 +137,7 @@ def _(reads, writes, v, pairs, through):
     batch, _, heads, value_size = v.shape
     key_size = reads.shape[-1]
     shape = batch, segments(reads, v), heads, key_size
-    return _floats(v, *shape, value_size), _floats(v, *shape, key_size)
+    return floats(v, *shape, value_size), floats(v, *shape, key_size)
 
 
 @step("fla_dist::rwkv7_summarize_gradient")
@@ -150,7 +146,7 @@ def summarize_gradient(
 ) -> Tensor:
     """The gradient that each segment's tokens give its entering state [B, S, H, K, V]."""
     batch, _, heads, value_size = do.shape
-    gradient = _floats(do, batch, segments(reads, do), heads, reads.shape[-1], value_size)
+    gradient = floats(do, batch, segments(reads, do), heads, reads.shape[-1], value_size)
     _value_walk(
         reads, writes, do, pairs, through, None, None, None, None, gradient, None, True
     )  # fmt: skip
@@ -160,7 +156,7 @@ def summarize_gradient(
 @summarize_gradient.register_fake
 def _(reads, writes, do, pairs, through):
     batch, _, heads, value_size = do.shape
-    return _floats(do, batch, segments(reads, do), heads, reads.shape[-1], value_size)
+    return floats(do, batch, segments(reads, do), heads, reads.shape[-1], value_size)
 
 
 @step("fla_dist::rwkv7_walk")
@@ -176,8 +172,8 @@ def walk(
     key_size = reads.shape[-1]
     out, solved = torch.empty_like(z), torch.empty_like(z)
     count = triton.cdiv(length, _settings(reads, z).stretch)
-    states = _floats(z, batch, count, heads, key_size, value_size)
-    leaving = _floats(z, batch, heads, key_size, value_size)
+    states = floats(z, batch, count, heads, key_size, value_size)
+    leaving = floats(z, batch, heads, key_size, value_size)
     _value_walk(
         reads, writes, z, pairs, through, entering, out, solved, states, leaving, None, reverse
     )  # fmt: skip
@@ -191,8 +187,8 @@ def _(reads, writes, z, pairs, through, entering, reverse):
     count = -(-length // _settings(reads, z).stretch)
     return (
         torch.empty_like(z), torch.empty_like(z),
-        _floats(z, batch, count, heads, key_size, value_size),
-        _floats(z, batch, heads, key_size, value_size),
+        floats(z, batch, count, heads, key_size, value_size),
+        floats(z, batch, heads, key_size, value_size),
     )  # fmt: skip
 
 

@@ -46,19 +46,12 @@ import triton.language as tl
 
 from fla_dist.kernels.common.levels import chunk_documents, is_later, level_pairs, summands
 from fla_dist.kernels.common.segments import LOG2_E, negligible
+from fla_dist.kernels.gated_delta_rule.triton_kernels import load_tile
 
 SOLVED_VALUES: tl.constexpr = tl.constexpr(0)
 VALUE_SCORES: tl.constexpr = tl.constexpr(1)
 SOLVED_SCORES: tl.constexpr = tl.constexpr(2)
 INVERSE: tl.constexpr = tl.constexpr(3)
-
-
-@triton.jit
-def load_tile(x, start, T, stride, o_x, size: tl.constexpr, C: tl.constexpr):
-    """[C, len(o_x)] of the chunk at `start`; zeros beyond T and beyond `size`."""
-    o_c = tl.arange(0, C)
-    p_x = x + start.to(tl.int64) * stride + (o_c[:, None] * stride + o_x[None, :])
-    return tl.load(p_x, mask=(o_c < T - start)[:, None] & (o_x < size)[None, :], other=0.0)
 
 
 @triton.jit

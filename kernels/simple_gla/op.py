@@ -35,12 +35,8 @@ class SegmentedSimpleGLA(torch.autograd.Function):
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
         ctx.save_for_backward(q, k, v, g, doc_ids, step, skip, entering, log_decay)
-        ctx.pending, ctx.scan, ctx.scale, ctx.has_initial = (
-            pending,
-            scan,
-            scale,
-            initial_state is not None,
-        )
+        ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
+        ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
         return output(q, k, v, g, step, skip, doc_ids, entering, scale), final
 

@@ -30,29 +30,10 @@ from tests.kernels.gradient_check import Case, errors, make_case, run
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 SIZES = ((128, 128), (64, 64), (64, 128), (24, 40), (256, 256), (256, 512))
 LENGTHS = (1, 15, 33, 64, 100, 4133)
-Op = Callable[[Case, float], tuple[Tensor, Tensor]]
-
-
-def launched(function: Any, arguments: Callable[[Case], tuple[Tensor | None, ...]]) -> Op:
-    """The kernels of an autograd function."""
-    return lambda c, scale: function.apply(
-        *arguments(c), c.initial_state, c.doc_ids, scale, on_gpu(LOCAL)
-    )
-
-
-def chunked(function: Callable[..., tuple[Tensor, Tensor]]) -> Op:
-    return lambda c, scale: function(
-        c.q, c.k, c.v, c.g, scale=scale, initial_state=c.initial_state, doc_ids=c.doc_ids
-    )
-
-
-OPS: dict[str, tuple[Op, Op]] = {
-    "simple_gla": (
-        launched(SegmentedSimpleGLA, lambda c: (c.q, c.k, c.v, c.g)), chunked(simple_gla_chunked)
-    ),
-    "gla": (launched(SegmentedGLA, lambda c: (c.q, c.k, c.v, c.g)), chunked(gla_chunked)),
-}  # fmt: skip
-"""The kernels, and the reference."""
+OPS: dict[str, tuple[Any, Callable[..., tuple[Tensor, Tensor]]]] = {
+    "simple_gla": (SegmentedSimpleGLA, simple_gla_chunked),
+    "gla": (SegmentedGLA, gla_chunked),
+}
 
 
 def lengthen_segments(steps: ModuleType) -> None:
@@ -67,10 +48,11 @@ def check(name: str, dtype: torch.dtype, key_size: int, value_size: int) -> bool
     scale = key_size**-0.5
 
     def launch(c: Case) -> tuple[Tensor, Tensor]:
-        return kernels(c, scale)
+        return kernels.apply(c.q, c.k, c.v, c.g, c.initial_state, c.doc_ids, scale, on_gpu(LOCAL))
 
     def truth(c: Case) -> tuple[Tensor, Tensor]:
-        return reference(c, scale)
+        state, doc_ids = c.initial_state, c.doc_ids
+        return reference(c.q, c.k, c.v, c.g, scale=scale, initial_state=state, doc_ids=doc_ids)
 
     worst: dict[str, float] = {}
     fine = True
@@ -79,9 +61,8 @@ def check(name: str, dtype: torch.dtype, key_size: int, value_size: int) -> bool
             for packed in (False, True):
                 shape = (2, length, 2, key_size, value_size)
                 case = make_case(
-                    shape, decay, packed=packed, dtype=dtype, device="cuda",
-                    vector=name != "simple_gla",
-                )  # fmt: skip
+                    shape, decay, packed=packed, dtype=dtype, device="cuda", vector=name == "gla"
+                )
                 result, again = run(launch, case), run(launch, case)
                 found = errors(result, run(truth, case, torch.float64))
                 same = all(torch.equal(result[key], again[key]) for key in result)
