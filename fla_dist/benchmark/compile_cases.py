@@ -42,6 +42,10 @@ def _train(output: Tensor, final: Tensor) -> None:
     torch.autograd.backward([output, final], [torch.empty_like(output), torch.empty_like(final)])
 
 
+def _qkv(sizes: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    return [_empty(1, _TOKENS, _HEADS, width, dtype=dtype) for width in (sizes[0], *sizes)]
+
+
 def _attention(
     function: type[torch.autograd.Function],
     decays: Callable[[], list[Tensor | None]],
@@ -49,7 +53,7 @@ def _attention(
     dtype: torch.dtype,
     packed: bool,
 ) -> None:
-    q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+    q, k, v = _qkv(sizes, dtype)
     for g in decays():
         _train(*function.apply(q, k, v, g, None, _documents(packed), 0.5, on_gpu(LOCAL)))
 
@@ -84,11 +88,21 @@ def _mamba2(
 def _gla(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
-    def decays() -> list[Tensor | None]:
-        dtypes = [dtype] + [torch.float32] * thorough
-        return [_empty(1, _TOKENS, _HEADS, sizes[0], dtype=each) for each in dtypes]
+    """GLA, HGRN2's keys and RWKV6's bonus."""
 
-    return lambda: _attention(SegmentedGLA, decays, sizes, dtype, packed)
+    def launches() -> None:
+        q, k, v = _qkv(sizes, dtype)
+        bonus = _empty(_HEADS, sizes[0])
+        for keys, u in ((k, None), (None, None), (k, bonus)):
+            for g_dtype in [dtype] + [torch.float32] * thorough:
+                g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)
+                _train(
+                    *SegmentedGLA.apply(
+                        q, keys, v, g, u, None, _documents(packed), 0.5, on_gpu(LOCAL)
+                    )
+                )
+
+    return launches
 
 
 def _gsa(

@@ -21,7 +21,7 @@ _WALKS = (
     Launch(32, 4, 3), Launch(64, 4, 2), Launch(64, 4, 3), Launch(64, 4, 4), Launch(64, 4, 3, 168),
     Launch(64, 4, 4, 168), Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 3), Launch(128, 8, 4),
 )  # fmt: skip
-_PAIRS = (Launch(16, 1, 1), Launch(32, 1, 1), Launch(32, 2, 1), Launch(64, 2, 1))
+_TILES = (Launch(16, 1, 2), Launch(16, 1, 3), Launch(32, 1, 2))
 _SUMMARIES = (
     Launch(64, 4, 2), Launch(64, 4, 4), Launch(128, 4, 2), Launch(128, 8, 3), Launch(128, 8, 4),
 )  # fmt: skip
@@ -44,8 +44,9 @@ FAMILIES = {
     "gla": Family(
         gla,
         {
-            "value_walk": _WALKS, "key_walk": _WALKS, "pair_gradient": _PAIRS, "prepare": _PAIRS,
-            "summarize": _SUMMARIES,
+            "output": _WALKS, "query_gradient": _WALKS, "key_gradient": _WALKS,
+            "pair_gradient": _TILES, "prepare": _TILES, "summarize": _SUMMARIES,
+            "programs": (128, 256, 512),
         },
     ),
 }  # fmt: skip

@@ -19,17 +19,20 @@ from fla_dist.kernels.common.segments import LOG2_E
 
 
 @lru_cache
-def spans(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def spans(
+    chunk: int, dtype: torch.dtype, device: torch.device, exclusive: bool = False
+) -> Tensor:
     """[levels + 2, C, C] of zeros and ones: row t marks the tokens u whose decays lie between t and
     its border of the level; and of the last two, between the chunk's start and t, and t and its
-    end."""
+    end. Exclusive: a token that reads the state is before its own decay."""
     place = torch.arange(chunk, device=device)
     t, u = place[:, None], place[None, :]
+    before, after = u < t if exclusive else u <= t, u > t
     levels = []
     for level in range(chunk.bit_length() - 1):
         later = (t >> level) % 2 == 1
-        levels.append((t >> level == u >> level) & (later == (u <= t)))
-    return torch.stack([*levels, u <= t, u > t]).to(dtype)
+        levels.append((t >> level == u >> level) & torch.where(later, before, after))
+    return torch.stack([*levels, before, after]).to(dtype)
 
 
 def span_types(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -64,6 +67,28 @@ def summands(b_g, EXACT: tl.constexpr):
 
 
 @triton.jit
+def load_spans(spans, o_pair, COUNT: tl.constexpr, C: tl.constexpr):
+    """The first COUNT of the [C, C] spans, so that a loop that takes them need not load them."""
+    b_spans = ()
+    for i in tl.static_range(COUNT):
+        b_spans = b_spans + (tl.load(spans + i * C * C + o_pair),)  # type: ignore[assignment]
+    return b_spans
+
+
+@triton.jit
+def documents(doc_ids, start, T, C: tl.constexpr):
+    """doc_ids of C tokens; those beyond T are of the last document."""
+    return tl.load(doc_ids + tl.minimum(start + tl.arange(0, C), T - 1))
+
+
+@triton.jit
+def open_documents(doc_ids, start, T, C: tl.constexpr):
+    """The document open at a chunk's start, and at its end."""
+    before = tl.load(doc_ids + start - 1, mask=start > 0, other=0)
+    return before, tl.load(doc_ids + tl.minimum(start + C, T) - 1)
+
+
+@triton.jit
 def chunk_documents(doc_ids, start, T, C: tl.constexpr, PACKED: tl.constexpr):
     """document [C]; whether a token is of the document open at the chunk's start, at its end;
     whether no document starts in it."""
@@ -71,9 +96,7 @@ def chunk_documents(doc_ids, start, T, C: tl.constexpr, PACKED: tl.constexpr):
     b_document = o_c * 0
     b_continues, b_last, passes = o_c >= 0, o_c >= 0, start >= 0
     if PACKED:
-        valid = T - start
-        b_document = tl.load(doc_ids + start + tl.minimum(o_c, valid - 1))
-        before = tl.load(doc_ids + start - 1, mask=start > 0, other=0)
-        last = tl.load(doc_ids + start + tl.minimum(C, valid) - 1)
+        b_document = documents(doc_ids, start, T, C)
+        before, last = open_documents(doc_ids, start, T, C)
         b_continues, b_last, passes = b_document == before, b_document == last, last == before
     return b_document, b_continues, b_last, passes

@@ -14,13 +14,12 @@ from fla_dist.kernels.common.validation import check, check_attention, check_ran
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
 from fla_dist.kernels.gated_delta_rule.settings import CHECKED, SHORTEST
 from fla_dist.kernels.gated_delta_rule.steps import (
-    key_gradient,
+    gradients,
     output,
     prepare,
     segments,
     summarize,
     summarize_gradient,
-    value_gradient,
 )
 from fla_dist.kernels.state import LOCAL, Dense, Scan
 
@@ -42,9 +41,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
         o, written, final = output(
             q, k, v, weights, through, inverse, scores, entering, scale
         )  # fmt: skip
-        ctx.save_for_backward(
-            q, k, doc_ids, inverse, scores, weights, through, written, entering, final
-        )
+        ctx.save_for_backward(q, k, doc_ids, inverse, scores, weights, through, written, entering)
         ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
         ctx.gate_dtypes = None if g is None else g.dtype, beta.dtype
         ctx.has_initial = initial_state is not None
@@ -53,29 +50,23 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, doc_ids, inverse, scores, weights, through, written, entering, final = (
-            ctx.saved_tensors
-        )
+        q, k, doc_ids, inverse, scores, weights, through, written, entering = ctx.saved_tensors
         do = torch.zeros_like(written) if do is None else rows_contiguous(do)
         from_scan = None
         if ctx.pending is None:
             leaving_gradient = one_segment(final_gradient, q, written)
         else:
-            gradient = summarize_gradient(
-                q, k, do, weights, through, inverse, scores, ctx.scale
-            )  # fmt: skip
-            leaving_gradient, from_scan = (
-                on_gpu(ctx.scan)
-                .start(ctx.pending.transition, gradient, final_gradient, reverse_of=ctx.pending)
-                .wait()
+            pending = on_gpu(ctx.scan).start(
+                ctx.pending.transition,
+                summarize_gradient(q, k, do, weights, through, inverse, scores, ctx.scale),
+                final_gradient,
+                reverse_of=ctx.pending,
             )
-        dv, dbeta, initial_gradient = value_gradient(
-            q, k, do, weights, through, inverse, scores, written, leaving_gradient, ctx.scale
-        )
+            leaving_gradient, from_scan = pending.wait()
         gate_dtype, beta_dtype = ctx.gate_dtypes
-        dq, dk, dg = key_gradient(
-            q, k, do, dv, written, weights, through, doc_ids, entering, final, leaving_gradient,
-            ctx.scale, gate_dtype is not None,
+        dq, dk, dv, dg, dbeta, initial_gradient = gradients(
+            q, k, do, written, weights, through, inverse, scores, doc_ids, entering,
+            leaving_gradient, ctx.scale, gate_dtype is not None,
         )  # fmt: skip
         group = written.shape[2] // q.shape[2]
         if group > 1:

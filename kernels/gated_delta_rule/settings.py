@@ -9,7 +9,9 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256))}
+CHECKED = {
+    (torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256))
+}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
 SHORTEST = 512
@@ -36,10 +38,13 @@ class Settings:
     programs: int = 128
 
 
-_WALK, _WIDE_WALK = Launch(64, 4, 2), Launch(128, 8, 2)
+_WIDE_WALK = Launch(128, 8, 2)
 TUNED: dict[tuple[int, int, int], Settings] = {
-    (90, 128, 128): Settings(64, Launch(128, 4, 1), _WALK, _WALK, _WALK, _WIDE_WALK, _WIDE_WALK),
-}
+    (90, 128, 128): Settings(
+        64, Launch(128, 4, 1, 168), Launch(64, 4, 2), _WIDE_WALK, Launch(128, 8, 3), _WIDE_WALK,
+        _WIDE_WALK,
+    ),
+}  # fmt: skip
 
 
 def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:

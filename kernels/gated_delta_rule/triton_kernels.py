@@ -30,14 +30,16 @@ keeps r in its place (`written`), which dβ needs.
 Notation: B batch, T tokens, H value heads, K and V head sizes, C tokens a chunk, N chunks, S
 segments; key head h // group serves value head h. q, k, v, o, d and gradients [B, T, H, ·], their
 last axis contiguous; what a chunk's pairs have (Y, scores, P, X + Xᵀ) [B, H, T, C]; states
-[B, S, H, K, V] and transitions [B, S, H, K, K] fp32. `weights` [4, B, H, T] fp32: G in log2, the
-decay since the chunk's start and until its end, β; the decays are 0 where a document start lies
-between. `through` [B, H, N]: the decay over a whole chunk. `b_*` blocks in registers, `p_*`
-pointers, `o_*` offsets. A document reaches across chunks as kernels/common/documents.py says.
+[B, S, H, K, V] and transitions [B, S, H, K, K] fp32. `weights` [5, B, H, T] fp32: β, 0 where it
+is 0 and else the decay until the chunk's end, that decay, the one since the chunk's start, G in
+log2; decays are 0 where a document start lies between. Where nothing decays, the first two.
+`through` [B, H, N]: the decay over a whole chunk. `b_*` blocks in registers, `p_*` pointers, `o_*`
+offsets. A document reaches across chunks as kernels/common/documents.py says.
 
 A running state is the first factor of every product it is in, and so is what follows from it:
-first factors come from registers, second ones from shared memory, where loads have put them. No
-product of a walk waits for a store to shared memory.
+first factors come from registers, second ones from shared memory, where loads have put them. Only
+dk needs the state's gradient the other way round, through shared memory. A walk's loads are waited
+for as soon as they are asked for, so the chunk after is asked for early, as far as L2.
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ import triton.language as tl
 from fla_dist.kernels.common.segments import negligible
 from fla_dist.kernels.simple_gla.triton_kernels import TOKEN_DECAY, chunk_decay, pair_decay
 
-LOG_DECAY: tl.constexpr = tl.constexpr(0)
-FROM_START: tl.constexpr = tl.constexpr(1)
+BETA: tl.constexpr = tl.constexpr(0)
+WRITTEN_TO_END: tl.constexpr = tl.constexpr(1)
 TO_END: tl.constexpr = tl.constexpr(2)
-BETA: tl.constexpr = tl.constexpr(3)
+FROM_START: tl.constexpr = tl.constexpr(3)
+LOG_DECAY: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -79,9 +82,65 @@ def load_weight(weights, KIND: tl.constexpr, start, T, C: tl.constexpr):
 
 
 @triton.jit
-def writes(weights, start, T, C: tl.constexpr):
-    """[C]: 1 where what the forward kept of a token is d, 0 where β is 0 and it is r."""
-    return tl.where(load_weight(weights, BETA, start, T, C) == 0, 0.0, 1.0)
+def product_in_parts(b_x, b_y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """x y for an fp32 x: in two parts of y's type, so that x is hardly rounded, or in one. The
+    first part is x without the bits that y's type does not hold: a mask is faster than a conversion
+    there and back."""
+    if PARTS == 2:
+        KEPT: tl.constexpr = -65536 if b_y.dtype == tl.bfloat16 else -8192
+        b_part = (b_x.to(tl.int32, bitcast=True) & KEPT).to(tl.float32, bitcast=True)
+        b_product = tl.dot((b_x - b_part).to(b_y.dtype), b_y, input_precision=PRECISION)
+        return tl.dot(b_part.to(b_y.dtype), b_y, b_product, input_precision=PRECISION)
+    else:
+        return tl.dot(b_x.to(b_y.dtype), b_y, input_precision=PRECISION)
+
+
+@triton.jit
+def store_row_sums(b_x, sums, start, T, C: tl.constexpr, BX: tl.constexpr):
+    """Sums over each 16 of the BX rows of b_x [BX, C], to `sums` [BX // 16, B, H, T]; a warp of a
+    tensor-core product has all 16, so that no warp waits for another."""
+    o_part, o_token = tl.arange(0, BX // 16), start + tl.arange(0, C)
+    p_sum = sums + (o_part[:, None] * (tl.num_programs(2).to(tl.int64) * T) + o_token[None, :])
+    b_sum = tl.sum(tl.reshape(b_x, [BX // 16, 16, C]), axis=1)
+    tl.store(p_sum, b_sum, mask=(o_token < T)[None, :])
+
+
+@triton.jit
+def load_row_sums(sums, parts, start, T, C: tl.constexpr):
+    """[C]: the sum of `parts` of them."""
+    o_token = start + tl.arange(0, C)
+    b_sum = tl.zeros([C], dtype=tl.float32)
+    for part in range(parts):
+        p_sum = sums + (part * (tl.num_programs(2).to(tl.int64) * T) + o_token)
+        b_sum += tl.load(p_sum, mask=o_token < T, other=0.0)
+    return b_sum
+
+
+@triton.jit
+def to_l2(pointers):
+    """Asks for the 128 bytes around each pointer, and waits for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def tile_to_l2(x, start, T, stride_t, first_x, C: tl.constexpr, BX: tl.constexpr):
+    """What `load_tile` will read of [C, BX] at `start`, which may lie outside the sequence."""
+    LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+    o_token = tl.minimum(tl.maximum(start + tl.arange(0, C), 0), T - 1).to(tl.int64)
+    o_x = tl.maximum(first_x, 0) + LINE * tl.arange(0, BX // LINE)
+    to_l2(x + (o_token[:, None] * stride_t + o_x[None, :]))
+
+
+@triton.jit
+def chunk_to_l2(weights, x, start, T, C: tl.constexpr, PLANES: tl.constexpr, PAIRS: tl.constexpr):
+    """The first PLANES weights, and with PAIRS what `load_pairs` will read, at `start`."""
+    o_line = tl.minimum(tl.maximum(start, 0) + tl.arange(0, 2) * 32, T - 1)
+    o_plane = tl.minimum(tl.arange(0, 8), PLANES - 1) * (tl.num_programs(2).to(tl.int64) * T)
+    to_l2(weights + (o_plane[:, None] + o_line[None, :]))
+    if PAIRS:
+        tile_to_l2(x, start, T, C, 0, C, C)
 
 
 @triton.jit
@@ -143,9 +202,10 @@ def prepare_kernel(
     mask_c = o_c < T - start
     plane = tl.num_programs(2).to(tl.int64) * T
     p_weight = weights + row.to(tl.int64) * T + start + o_c
-    p_beta = beta + start.to(tl.int64) * beta_stride_t + o_c * beta_stride_t
-    b_beta = tl.load(p_beta, mask=mask_c, other=0.0).to(tl.float32)
+    beta += start.to(tl.int64) * beta_stride_t
+    b_beta = tl.load(beta + o_c * beta_stride_t, mask=mask_c, other=0.0).to(tl.float32)
     tl.store(p_weight + BETA * plane, b_beta, mask=mask_c)
+    b_written = tl.where(b_beta == 0, 0.0, 1.0)
 
     b_keys = tl.zeros([C, C], dtype=tl.float32)
     for first_k in tl.range(0, K, BK, num_stages=1):
@@ -158,10 +218,12 @@ def prepare_kernel(
         tl.store(p_weight + LOG_DECAY * plane, b_sum, mask=mask_c)
         tl.store(p_weight + FROM_START * plane, b_from_start, mask=mask_c)
         tl.store(p_weight + TO_END * plane, b_to_end, mask=mask_c)
+        b_written *= b_to_end
         tl.store(through + row * tl.num_programs(0) + chunk, b_through)
         b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
     else:
         b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
+    tl.store(p_weight + WRITTEN_TO_END * plane, b_written, mask=mask_c)
 
     o_pairs = (row.to(tl.int64) * T + start) * C + o_c[:, None] * C + o_c[None, :]
     b_scores = tl.zeros([C, C], dtype=tl.float32)
@@ -219,31 +281,40 @@ def value_walk_kernel(
 
     for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + i * C
+        if STAGES > 1:
+            tile_to_l2(k, start + C, T, k_stride_t, 0, C, BK)
+            tile_to_l2(v, start + C, T, v_stride_t, tl.minimum(block * BV, V - BV), C, BV)
+            chunk_to_l2(weights, inverse, start + C, T, C, 4 if DECAY else 2, True)
+            if not SUMMARIZE:
+                tile_to_l2(q, start + C, T, q_stride_t, 0, C, BK)
+                tile_to_l2(scores, start + C, T, C, 0, C, C)
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
-        b_v = tl.trans(load_tile(v, start, T, v_stride_t, o_v, V, C))  # [BV, C]
-        b_y = load_pairs(inverse, start, T, C)
-        b_beta = load_weight(weights, BETA, start, T, C)[None, :]
         b_factor = b_state.to(b_k.dtype)
         b_r = tl.dot(b_factor, tl.trans(b_k), input_precision=PRECISION)  # [BV, C]
         if DECAY:
             b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
             b_r *= b_from_start
+        b_v = tl.trans(load_tile(v, start, T, v_stride_t, o_v, V, C))  # [BV, C]
+        b_beta = load_weight(weights, BETA, start, T, C)[None, :]
         b_r = b_v.to(tl.float32) - b_r
+        b_y = load_pairs(inverse, start, T, C)
         b_r = tl.dot((b_r * b_beta).to(b_k.dtype), tl.trans(b_y), b_r, input_precision=PRECISION)
-        b_kept = b_r * tl.where(b_beta == 0, 1.0, b_beta)
-        b_written = tl.where(b_beta == 0, 0.0, b_kept)
+        b_written = b_r * b_beta
         if not SUMMARIZE:
-            b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
             b_scores = load_pairs(scores, start, T, C)
-            b_out = tl.dot(b_factor, tl.trans(b_q), input_precision=PRECISION) * scale
+            b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+            b_out = tl.dot(b_factor, tl.trans(b_q), input_precision=PRECISION)
             if DECAY:
-                b_out *= b_from_start
+                b_out *= scale * b_from_start
+            else:
+                b_out *= scale
             b_out = tl.dot(
                 b_written.to(b_k.dtype), tl.trans(b_scores), b_out, input_precision=PRECISION
             )
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
             mask = (o_c < T - start)[None, :] & (o_v < V)[:, None]
             tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=mask)
+            b_kept = b_r * tl.where(b_beta == 0, 1.0, b_beta)
             tl.store(written + o_out, b_kept.to(written.dtype.element_ty), mask=mask)
         if DECAY:
             b_written *= load_weight(weights, TO_END, start, T, C)[None, :]
@@ -263,17 +334,19 @@ def value_walk_kernel(
 @triton.jit
 def value_gradient_kernel(
     q, k, do, weights, through, inverse, scores, written, leaving_gradient, entering_gradient,
-    dv, beta_sums,
+    dv, dk, dk_others, beta_sums, after_sums,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient over a segment's chunks, from the last. SUMMARIZE: from zero; writes
     what the segment begins with. Otherwise from that of the leaving state; writes dv, the block's
-    part of dβ, and the gradient of the first segment's entering state.
+    part of what dk gets through the state after the chunk, and the gradient of the first segment's
+    entering state; of each 16 rows of V e·d, and with SUMS what dk's part gives the decay until the
+    chunk's end.
 
     Grid: (blocks of V, S, B·H). One program owns [BV, BK >= K] of the transposed gradient. Reads
     q, k, Y and the scores once a block, do (and d) once.
@@ -296,41 +369,65 @@ def value_gradient_kernel(
     if SUMMARIZE:
         b_gradient = tl.zeros([BV, BK], dtype=tl.float32)
     else:
+        if block > 0:
+            dk = dk_others + (block - 1) * (tl.num_programs(2).to(tl.int64) * T * K)
+        dk += (batch.to(tl.int64) * T * H + head) * K
         dv += (batch.to(tl.int64) * T * H + head) * V
         written += (batch.to(tl.int64) * T * H + head) * V
-        beta_sums += (block * tl.num_programs(2) + row).to(tl.int64) * T
+        sums_row = (block * (BV // 16) * tl.num_programs(2) + row).to(tl.int64) * T
+        beta_sums += sums_row
+        if SUMS:
+            after_sums += sums_row
         p_state = leaving_gradient + stretch * K * V + o_state
         b_gradient = tl.load(p_state, mask=mask_state, other=0.0)
 
     for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + (chunks - 1 - i) * C
-        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+        if STAGES > 1:
+            tile_to_l2(q, start - C, T, q_stride_t, 0, C, BK)
+            tile_to_l2(k, start - C, T, k_stride_t, 0, C, BK)
+            tile_to_l2(do, start - C, T, do_stride_t, tl.minimum(block * BV, V - BV), C, BV)
+            tile_to_l2(scores, start - C, T, C, 0, C, C)
+            chunk_to_l2(weights, inverse, start - C, T, C, 4 if DECAY else 2, True)
+            if not SUMMARIZE:
+                tile_to_l2(written, start - C, T, H * V, tl.minimum(block * BV, V - BV), C, BV)
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
-        b_do = tl.trans(load_tile(do, start, T, do_stride_t, o_v, V, C))  # [BV, C]
-        b_y = load_pairs(inverse, start, T, C)
-        b_scores = load_pairs(scores, start, T, C)
-        b_beta = load_weight(weights, BETA, start, T, C)[None, :]
-        b_e = tl.dot(b_gradient.to(b_k.dtype), tl.trans(b_k), input_precision=PRECISION)
-        b_seen = b_do * scale
-        if DECAY:
-            b_e *= load_weight(weights, TO_END, start, T, C)[None, :]
-            b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
-            b_seen *= b_from_start
-            b_gradient *= tl.load(through + start // C)
-        b_gradient = tl.dot(b_seen.to(b_k.dtype), b_q, b_gradient, input_precision=PRECISION)
-        b_e = tl.dot(b_do, b_scores, b_e, input_precision=PRECISION)
-        b_e = tl.dot((b_e * b_beta).to(b_k.dtype), b_y, b_e, input_precision=PRECISION)
+        b_factor = b_gradient.to(b_k.dtype)
         if not SUMMARIZE:
             mask_c = o_c < T - start
+            b_kept = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))  # [BV, C]
+            b_dk = tl.dot(tl.trans(b_factor), b_kept, input_precision=PRECISION)  # [BK, C]
+            b_dk *= load_weight(weights, WRITTEN_TO_END, start, T, C)[None, :]
+            o_dk = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
+            mask = mask_c[None, :] & (o_k < K)[:, None]
+            tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=mask)
+        b_e = product_in_parts(b_gradient, tl.trans(b_k), PARTS, PRECISION)
+        b_do = tl.trans(load_tile(do, start, T, do_stride_t, o_v, V, C))  # [BV, C]
+        b_seen = scale
+        if DECAY:
+            b_seen *= load_weight(weights, FROM_START, start, T, C)[None, :]
+            b_gradient *= tl.load(through + start // C)
+        b_seen = (b_do * b_seen).to(b_k.dtype)
+        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+        b_gradient = tl.dot(b_seen, b_q, b_gradient, input_precision=PRECISION)
+        if DECAY:
+            b_e *= load_weight(weights, TO_END, start, T, C)[None, :]
+            if SUMS:
+                store_row_sums(b_e * b_kept, after_sums, start, T, C, BV)
+        b_scores = load_pairs(scores, start, T, C)
+        b_e = tl.dot(b_do, b_scores, b_e, input_precision=PRECISION)
+        b_y = load_pairs(inverse, start, T, C)
+        b_beta = load_weight(weights, BETA, start, T, C)[None, :]
+        b_e = tl.dot((b_e * b_beta).to(b_k.dtype), b_y, b_e, input_precision=PRECISION)
+        if not SUMMARIZE:
+            store_row_sums(b_e * b_kept, beta_sums, start, T, C, BV)
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
             mask = mask_c[None, :] & (o_v < V)[:, None]
-            b_kept = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
             tl.store(dv + o_out, (b_e * b_beta).to(dv.dtype.element_ty), mask=mask)
-            b_dbeta = tl.sum(b_e * b_kept / tl.where(b_beta == 0, 1.0, b_beta), axis=0)
-            tl.store(beta_sums + start + o_c, b_dbeta, mask=mask_c)
-        b_e *= -b_beta
+        b_looked = -b_beta
         if DECAY:
-            b_e *= b_from_start
+            b_looked *= load_weight(weights, FROM_START, start, T, C)[None, :]
+        b_e *= b_looked
         b_gradient = tl.dot(b_e.to(b_k.dtype), b_k, b_gradient, input_precision=PRECISION)
 
     if SUMMARIZE:
@@ -343,18 +440,20 @@ def value_gradient_kernel(
 
 @triton.jit
 def pair_gradient_kernel(
-    q, k, do, dv, written, weights, doc_ids, query_pairs, key_pairs, pair_sums,
-    T, H, group, scale,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+    k, do, dv, written, weights, scores, doc_ids, beta_sums, after_sums,
+    query_pairs, key_pairs, dbeta, pair_sums, after,
+    T, H, group, scale, parts,
+    k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P and X + Xᵀ; with SUMS also what a chunk's pairs give a token's decay as the later of the
-    two, less what they give it as the earlier. One matrix gives both, so that they cancel where
-    they must.
+    """P, X + Xᵀ, and dβ; with SUMS also what a chunk's pairs give a token's decay as the later of
+    the two, less what they give it as the earlier. One matrix gives both, so that they cancel where
+    they must. Adds up the `parts` of what the walk before left.
 
-    Grid: (N, 1, B·H). Reads do, dv, d (and q, k) once, writes 2 C numbers a token: bound by memory.
+    Grid: (N, 1, B·H). Reads do, dv, d (and k, the scores) once, writes 2 C numbers a token: bound
+    by memory.
     """
     row, start = tl.program_id(2), tl.program_id(0) * C
     batch, head = row // H, row % H
@@ -383,24 +482,30 @@ def pair_gradient_kernel(
             doc_ids += batch.to(tl.int64) * T
             b_document = tl.load(doc_ids + o_token)
         b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
-    b_decay *= writes(weights, start, T, C)[None, :]
-    b_query *= b_decay * scale
+    b_beta = load_weight(weights, BETA, start, T, C)
+    row_sums = row.to(tl.int64) * T
+    b_dbeta = load_row_sums(beta_sums + row_sums, parts, start, T, C)
+    p_dbeta = dbeta + (batch.to(tl.int64) * T + start + o_c) * H + head
+    tl.store(p_dbeta, b_dbeta / tl.where(b_beta == 0, 1.0, b_beta), mask=mask_c)
+    b_wrote = b_beta[None, :] != 0
+    b_decay = tl.where(b_wrote, b_decay, 0.0)
     b_key = tl.where(o_c[:, None] > o_c[None, :], b_key * -b_decay, 0.0)
 
     if SUMS:
-        q += batch.to(tl.int64) * q_stride_b + (head // group).to(tl.int64) * q_stride_h
         k += batch.to(tl.int64) * k_stride_b + (head // group).to(tl.int64) * k_stride_h
-        b_scores, b_keys = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+        b_keys = tl.zeros([C, C], dtype=tl.float32)
         for first_k in tl.range(0, K, BK, num_stages=1):
-            o_k = first_k + tl.arange(0, BK)
-            b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
-            b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
-            b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)
+            b_k = load_tile(k, start, T, k_stride_t, first_k + tl.arange(0, BK), K, C)
             b_keys = tl.dot(b_k, tl.trans(b_k), b_keys, input_precision=PRECISION)
-        b_amount = b_query * b_scores + b_key * b_keys
+        b_scores = load_pairs(scores + row.to(tl.int64) * T * C, start, T, C)
+        b_amount = tl.where(b_wrote, b_query, 0.0) * b_scores + b_key * b_keys
         b_amount = tl.sum(tl.trans(b_amount), axis=0) - tl.sum(b_amount, axis=0)
-        tl.store(pair_sums + row.to(tl.int64) * T + start + o_c, b_amount, mask=mask_c)
+        tl.store(pair_sums + row_sums + start + o_c, b_amount, mask=mask_c)
+        b_after = load_row_sums(after_sums + row_sums, parts, start, T, C)
+        b_after = tl.where(b_beta == 0, 0.0, b_after)
+        tl.store(after + row_sums + start + o_c, b_after, mask=mask_c)
 
+    b_query *= b_decay * scale
     o_pairs = (row.to(tl.int64) * T + start) * C + o_c[:, None] * C + o_c[None, :]
     tl.store(query_pairs + o_pairs, b_query.to(query_pairs.dtype.element_ty), mask=mask_c[:, None])
     b_key += tl.trans(b_key)
@@ -408,94 +513,22 @@ def pair_gradient_kernel(
 
 
 @triton.jit
-def query_gradient_kernel(
-    q, k, do, dv, written, weights, through, query_pairs, entering, dq, dk, state_sums,
-    T, H, group, segment, scale,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    do_stride_b, do_stride_t, do_stride_h,
-    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, and of dk what comes from a token's look at the entering state; with SUMS also what both
-    give the decay since the chunk's start.
-
-    Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
-    do, dv, d and P once a block, k (and q) once.
-    """
-    block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, head = row // H, row % H
-    first = segment_index * segment
-    chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
-    o_c, o_k, o_v = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
-    k += batch.to(tl.int64) * k_stride_b + (head // group).to(tl.int64) * k_stride_h
-    do += batch.to(tl.int64) * do_stride_b + head.to(tl.int64) * do_stride_h
-    weights += row.to(tl.int64) * T
-    through += row * tl.cdiv(T, C)
-    query_pairs += row.to(tl.int64) * T * C
-    dv += (batch.to(tl.int64) * T * H + head) * V
-    written += (batch.to(tl.int64) * T * H + head) * V
-    dq += (batch.to(tl.int64) * T * H + head) * K
-    dk += (batch.to(tl.int64) * T * H + head) * K
-    if SUMS:
-        q += batch.to(tl.int64) * q_stride_b + (head // group).to(tl.int64) * q_stride_h
-        state_sums += (block * tl.num_programs(2) + row).to(tl.int64) * T
-    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
-    p_state = entering + stretch * K * V + o_k[:, None] * V + o_v[None, :]
-    b_state = tl.load(p_state, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
-
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        start = first + i * C
-        mask_c = o_c < T - start
-        b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))  # [BK, C]
-        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
-        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_written = load_tile(written, start, T, H * V, o_v, V, C)
-        b_pair = load_pairs(query_pairs, start, T, C)
-        b_factor = b_state.to(b_k.dtype)
-        o_out = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
-        mask = mask_c[None, :] & (o_k < K)[:, None]
-        b_dk = -tl.dot(b_factor, tl.trans(b_dv), input_precision=PRECISION)  # [BK, C]
-        b_weight = writes(weights, start, T, C)
-        if DECAY:
-            b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
-            b_dk *= b_from_start
-            b_weight *= load_weight(weights, TO_END, start, T, C)
-            b_state *= tl.load(through + start // C)
-        if SUMS:
-            b_given = tl.sum(b_k * b_dk, axis=0)
-        tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
-        b_dq = tl.dot(b_factor, tl.trans(b_do), input_precision=PRECISION) * scale
-        if DECAY:
-            b_dq *= b_from_start
-        if SUMS:
-            b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))
-            b_given += tl.sum(b_q * b_dq, axis=0)
-            tl.store(state_sums + start + o_c, b_given, mask=mask_c)
-        b_dq = tl.dot(b_k, tl.trans(b_pair), b_dq, input_precision=PRECISION)
-        tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
-        b_key = (b_k * b_weight[None, :]).to(b_k.dtype)
-        b_state = tl.dot(b_key, b_written, b_state, input_precision=PRECISION)
-
-
-@triton.jit
 def key_gradient_kernel(
-    q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering, final,
-    leaving_gradient, state_sums, dk, after_sums, across_sums,
-    T, H, group, segment, scale,
+    q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering,
+    dq, dk, dk_others, state_sums,
+    T, H, group, segment, scale, value_blocks,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    DECAY: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk what comes from the pairs of a chunk and through the state after it. With SUMS
-    also what the latter gives the decay until the chunk's end, and `across_sums` [blocks, B, H, N]
-    what <state, its gradient> gives the decay over the whole chunk: its value at the chunk's end
-    less what the chunk's own tokens have in it, and nothing where the chunk lets next to nothing
-    through.
+    """dq, and added to dk what comes from the pairs of a chunk and from a token's look at the
+    entering state. With SUMS also what the state gives through dq and dk to the decay since the
+    chunk's start, of each 16 rows of K.
 
-    Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of the state's gradient. Reads do,
-    dv, d and the pairs once a block, q, k and dk once.
+    Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
+    do, dv, d and the pairs once a block, q, k and dk once.
     """
     block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = row // H, row % H
@@ -511,89 +544,150 @@ def key_gradient_kernel(
     key_pairs += row.to(tl.int64) * T * C
     dv += (batch.to(tl.int64) * T * H + head) * V
     written += (batch.to(tl.int64) * T * H + head) * V
+    dq += (batch.to(tl.int64) * T * H + head) * K
     dk += (batch.to(tl.int64) * T * H + head) * K
+    other = tl.num_programs(2).to(tl.int64) * T * K
+    dk_others += (batch.to(tl.int64) * T * H + head) * K
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     o_state = o_k[:, None] * V + o_v[None, :]
     mask_state = (o_k < K)[:, None] & (o_v < V)[None, :]
-    b_gradient = tl.load(leaving_gradient + stretch * K * V + o_state, mask=mask_state, other=0.0)
+    b_state = tl.load(entering + stretch * K * V + o_state, mask=mask_state, other=0.0)
     if SUMS:
-        sums_row = block * tl.num_programs(2) + row
-        state_sums += sums_row.to(tl.int64) * T
-        after_sums += sums_row.to(tl.int64) * T
-        across_sums += sums_row * tl.cdiv(T, C)
-        leaving = entering + (stretch + H) * K * V
-        if segment_index == tl.num_programs(1) - 1:
-            leaving = final + row.to(tl.int64) * K * V
-        b_state = tl.load(leaving + o_state, mask=mask_state, other=0.0)
-        carry = tl.sum(tl.sum(b_state * b_gradient, axis=1), axis=0)
+        state_sums += (block * (BK // 16) * tl.num_programs(2) + row).to(tl.int64) * T
 
     for i in tl.range(0, chunks, num_stages=STAGES):
-        start = first + (chunks - 1 - i) * C
+        start = first + i * C
         mask_c = o_c < T - start
-        b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))  # [BK, C]
-        b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))
-        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
+        o_dk = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
+        mask = mask_c[None, :] & (o_k < K)[:, None]
+        if STAGES > 1:
+            first_k = tl.minimum(block * BK, K - BK)
+            tile_to_l2(k, start + C, T, k_stride_t, first_k, C, BK)
+            tile_to_l2(q, start + C, T, q_stride_t, first_k, C, BK)
+            tile_to_l2(do, start + C, T, do_stride_t, 0, C, BV)
+            tile_to_l2(dv, start + C, T, H * V, 0, C, BV)
+            tile_to_l2(written, start + C, T, H * V, 0, C, BV)
+            tile_to_l2(dk, start + C, T, H * K, first_k, C, BK)
+            tile_to_l2(query_pairs, start + C, T, C, 0, C, C)
+            chunk_to_l2(weights, key_pairs, start + C, T, C, 4 if DECAY else 2, True)
         b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_written = load_tile(written, start, T, H * V, o_v, V, C)
-        b_query, b_key = load_pairs(query_pairs, start, T, C), load_pairs(key_pairs, start, T, C)
-        b_weight = writes(weights, start, T, C)
-        b_seen, b_held = b_q * scale, -b_k.to(tl.float32)
-        b_dk = tl.dot(b_gradient.to(b_k.dtype), tl.trans(b_written), input_precision=PRECISION)
+        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
+        b_dk = product_in_parts(b_state, tl.trans(b_dv), PARTS, PRECISION)  # [BK, C]
+        b_dq = product_in_parts(b_state, tl.trans(b_do), PARTS, PRECISION)
+        b_looked, b_seen = -1.0, scale
         if DECAY:
-            b_weight *= load_weight(weights, TO_END, start, T, C)
             b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
-            b_seen *= b_from_start
-            b_held *= b_from_start
-            b_through = tl.load(through + start // C)
-            b_gradient *= b_through
-        b_dk *= b_weight[None, :]
+            b_looked, b_seen = -b_from_start, scale * b_from_start
+            b_state *= tl.load(through + start // C)
+        b_dk *= b_looked
+        b_dq *= b_seen
+        b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))  # [BK, C]
+        b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))
         if SUMS:
-            b_after = tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
-            tl.store(after_sums + start + o_c, b_after, mask=mask_c)
-            across = tl.where(b_through > negligible(EXACT), carry - tl.sum(b_after, axis=0), 0.0)
-            tl.store(across_sums + start // C, across)
-            b_before = tl.load(state_sums + start + o_c, mask=mask_c, other=0.0)
-            carry = across + tl.sum(b_before, axis=0)
-        b_gradient = tl.dot(b_seen.to(b_k.dtype), b_do, b_gradient, input_precision=PRECISION)
-        b_gradient = tl.dot(b_held.to(b_k.dtype), b_dv, b_gradient, input_precision=PRECISION)
+            store_row_sums(b_k * b_dk + b_q * b_dq, state_sums, start, T, C, BK)
+        b_weight = load_weight(weights, WRITTEN_TO_END, start, T, C)[None, :]
+        b_kept_key = (b_k * b_weight).to(b_k.dtype)
+        b_written = load_tile(written, start, T, H * V, o_v, V, C)
+        b_state = tl.dot(b_kept_key, b_written, b_state, input_precision=PRECISION)
+        b_query, b_key = load_pairs(query_pairs, start, T, C), load_pairs(key_pairs, start, T, C)
+        b_dq = tl.dot(b_k, tl.trans(b_query), b_dq, input_precision=PRECISION)
+        tl.store(dq + o_dk, b_dq.to(dq.dtype.element_ty), mask=mask)
         b_dk = tl.dot(b_q, b_query, b_dk, input_precision=PRECISION)
         b_dk = tl.dot(b_k, b_key, b_dk, input_precision=PRECISION)
-        p_dk = dk + start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
-        mask = mask_c[None, :] & (o_k < K)[:, None]
-        b_dk += tl.load(p_dk, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_dk, b_dk.to(dk.dtype.element_ty), mask=mask)
+        b_dk += tl.load(dk + o_dk, mask=mask, other=0.0).to(tl.float32)
+        for value_block in range(value_blocks - 1):
+            p_dk = dk_others + value_block * other + o_dk
+            b_dk += tl.load(p_dk, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def then(factor, added, next_factor, next_added):
+    """x -> factor x + added, and after it the next."""
+    return factor * next_factor, added * next_factor + next_added
+
+
+@triton.jit
+def crossing_kernel(
+    through, after, state_sums, entering, leaving_gradient, initial_gradient, across,
+    T, H, segment, parts,
+    C: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """What <state, its gradient> gives the decay over each whole chunk, [B, H, N]: its value at
+    the chunk's start less what the chunk's own tokens have in it, and nothing where the chunk lets
+    next to nothing through.
+
+    Grid: (1, S, B·H). One program takes a segment, CHUNKS at a time; reads two states, and the sums
+    of every token: small.
+    """
+    segment_index, row = tl.program_id(1), tl.program_id(2)
+    first = segment_index * segment
+    chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
+    stretch = ((row // H).to(tl.int64) * tl.num_programs(1) + segment_index) * H + row % H
+    entering += stretch * K * V
+    gradient = leaving_gradient + (stretch - H) * K * V
+    if segment_index == 0:
+        gradient = initial_gradient + row.to(tl.int64) * K * V
+    carry = 0.0
+    for first_k in tl.range(0, K, BK, num_stages=1):
+        o_k, o_v = first_k + tl.arange(0, BK), tl.arange(0, BV)
+        o_state, mask = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+        b_state = tl.load(entering + o_state, mask=mask, other=0.0)
+        b_gradient = tl.load(gradient + o_state, mask=mask, other=0.0)
+        carry += tl.sum(tl.sum(b_state * b_gradient, axis=1), axis=0)
+
+    plane = tl.num_programs(2).to(tl.int64) * T
+    through += row * tl.cdiv(T, C) + first // C
+    across += row * tl.cdiv(T, C) + first // C
+    o_c = tl.arange(0, C)
+    for i in tl.range(0, chunks, CHUNKS, num_stages=1):
+        o_chunk = i + tl.arange(0, CHUNKS)
+        mask_chunk = o_chunk < chunks
+        o_token = first + o_chunk[:, None] * C + o_c[None, :]
+        mask = mask_chunk[:, None] & (o_token < T)
+        o_token = row.to(tl.int64) * T + o_token
+        b_after = tl.sum(tl.load(after + o_token, mask=mask, other=0.0), axis=1)
+        b_before = tl.zeros([CHUNKS], dtype=tl.float32)
+        for part in range(parts):
+            b_part = tl.load(state_sums + (part * plane + o_token), mask=mask, other=0.0)
+            b_before += tl.sum(b_part, axis=1)
+        b_through = tl.load(through + o_chunk, mask=mask_chunk, other=0.0)
+        b_kept = tl.where(b_through > negligible(EXACT), 1.0, 0.0)
+        b_added = b_after - b_kept * b_before
+        b_kept = tl.where(mask_chunk, b_kept, 1.0)
+        b_factor, b_carry = tl.associative_scan((b_kept, b_added), 0, then)
+        b_carry += b_factor * carry
+        tl.store(across + o_chunk, b_carry - b_after, mask=mask_chunk)
+        carry = tl.sum(tl.where(o_chunk == i + CHUNKS - 1, b_carry, 0.0), axis=0)
 
 
 @triton.jit
 def decay_gradient_kernel(
-    pair_sums, state_sums, after_sums, across_sums, doc_ids, dg,
-    T, H, blocks,
+    pair_sums, state_sums, after, across, doc_ids, dg,
+    T, H, parts,
     C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dg_t: what all pairs of tokens s < t <= t' give the decay between them. Of pairs inside the
     chunk, the running sum, from the end, of `pair_sums`; with s before the chunk, that of
-    `state_sums`; with t' after it, the running sum, from the start, of `after_sums`; across the
-    whole chunk, `across_sums`.
+    `state_sums`; with t' after it, the running sum, from the start, of `after`; across the whole
+    chunk, `across`.
 
-    Grid: (N, 1, B·H). Reads the sums of all blocks of K: small.
+    Grid: (N, 1, B·H). Reads all sums: small.
     """
     chunk, row = tl.program_id(0), tl.program_id(2)
     batch, head, start = row // H, row % H, chunk * C
     o_c = tl.arange(0, C)
     mask_c = o_c < T - start
-    o_sums = row.to(tl.int64) * T + start + o_c
-    b_before = tl.load(pair_sums + o_sums, mask=mask_c, other=0.0)
-    b_after, across = tl.zeros([C], dtype=tl.float32), 0.0
-    for block in range(blocks):
-        o_block = (block * tl.num_programs(2)).to(tl.int64) * T + o_sums
-        b_before += tl.load(state_sums + o_block, mask=mask_c, other=0.0)
-        b_after += tl.load(after_sums + o_block, mask=mask_c, other=0.0)
-        o_across = (block * tl.num_programs(2) + row) * tl.num_programs(0) + chunk
-        across += tl.load(across_sums + o_across)
+    row_sums = row.to(tl.int64) * T
+    b_before = load_row_sums(state_sums + row_sums, parts, start, T, C)
+    b_before += tl.load(pair_sums + row_sums + start + o_c, mask=mask_c, other=0.0)
+    b_after = tl.load(after + row_sums + start + o_c, mask=mask_c, other=0.0)
     b_amount = tl.where(o_c[:, None] <= o_c[None, :], b_before[None, :], b_after[None, :])
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
         b_document = tl.load(doc_ids + tl.minimum(start + o_c, T - 1))
         b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
     p_dg = dg + (batch.to(tl.int64) * T + start + o_c) * H + head
-    tl.store(p_dg, tl.sum(b_amount, axis=1) + across, mask=mask_c)
+    b_dg = tl.sum(b_amount, axis=1) + tl.load(across + row * tl.num_programs(0) + chunk)
+    tl.store(p_dg, b_dg, mask=mask_c)

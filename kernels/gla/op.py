@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,23 +12,26 @@ from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla.reference import gla_chunked
-from fla_dist.kernels.gla.settings import CHECKED, SHORTEST
-from fla_dist.kernels.gla.steps import backward, output, prepare, summarize
+from fla_dist.kernels.gla.settings import CHECKED
+from fla_dist.kernels.gla.steps import backward, output, prepare, query_gradient, summarize
 from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 
 class SegmentedGLA(torch.autograd.Function):
     """Prepare the chunks, summarize the segments, join them, walk them; the backward mirrors it.
-    Saves what was prepared, and the states that enter segments."""
+    Saves what was prepared, and the states that enter segments.
+
+    k: None for 1 - exp(g).  bonus: [H, K] fp32, with which a token reads the state before it, and
+    itself through the bonus (RWKV6); or None."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan):
-        q_in, k_out, chunk_decay, scores = prepare(q, k, v, g, doc_ids, scale)
+    def forward(ctx: Any, q, k, v, g, bonus, initial_state, doc_ids, scale, scan):
+        q_in, k_out, chunk_decay, scores = prepare(q, k, v, g, bonus, doc_ids, scale)
         state, log_decay = summarize(k_out, v, chunk_decay, False)
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
         prepared = q_in, k_out, chunk_decay, scores
-        ctx.save_for_backward(q, k, v, g, doc_ids, *prepared, entering, final)
+        ctx.save_for_backward(q, k, v, g, bonus, doc_ids, *prepared, entering, final)
         ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
@@ -35,17 +39,49 @@ class SegmentedGLA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, g, doc_ids, q_in, k_out, chunk_decay, scores, entering, final = ctx.saved_tensors
+        q, k, v, g, bonus, doc_ids, *prepared, entering, final = ctx.saved_tensors
+        q_in, k_out, chunk_decay, _ = prepared
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
         state_gradient, _ = summarize(q_in, do, chunk_decay, True)
-        leaving_gradient, initial_gradient = ctx.scan.start(
+        joined = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
-        ).wait()
-        gradients = backward(
-            q, k, v, do, g, doc_ids, q_in, k_out, chunk_decay, scores, entering, final,
+        )
+        outer_dq, sums = query_gradient(do, v, q_in, k_out, chunk_decay, entering, ctx.scale)
+        leaving_gradient, initial_gradient = joined.wait()
+        dq, dk, dv, dg, bonus_gradient = backward(
+            q, k, v, do, g, bonus, doc_ids, *prepared, outer_dq, sums, entering, final,
             leaving_gradient, ctx.scale,
         )  # fmt: skip
-        return *gradients, initial_gradient if ctx.has_initial else None, None, None, None
+        return (
+            dq, None if k is None else dk, dv, dg,
+            None if bonus is None else bonus_gradient.sum(dim=(0, 2)),
+            initial_gradient if ctx.has_initial else None, None, None, None,
+        )  # fmt: skip
+
+
+def is_served(q: Tensor, v: Tensor, checked: Collection[tuple[torch.dtype, int, int]]) -> bool:
+    """Whether the kernels were checked on such a GPU, for this dtype and head size."""
+    return capability(q) == 90 and (q.dtype, q.shape[-1], v.shape[-1]) in checked
+
+
+def segmented_gla(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    doc_ids: Tensor | None,
+    scan: Scan,
+) -> tuple[Tensor, Tensor]:
+    """`SegmentedGLA` for tensors of any strides."""
+    q, v, g = (rows_contiguous(x) for x in (q, v, g))
+    k = None if k is None else rows_contiguous(k)
+    bonus = None if bonus is None else bonus.float().contiguous()
+    doc_ids = None if doc_ids is None else doc_ids.contiguous()
+    return SegmentedGLA.apply(q, k, v, g, bonus, initial_state, doc_ids, scale, on_gpu(scan))
 
 
 def gla(
@@ -83,12 +119,12 @@ def gla(
     check_attention("gla", q, k, v, initial_state, doc_ids)
     check("gla", "g", g, tuple(q.shape), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    checked = (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED and q.shape[1] >= SHORTEST
-    if capability(q) != 90 or not checked:
-        o, final_state = gla_chunked(
-            q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
-        )
-        return o.to(v.dtype), final_state
-    q, k, v, g = (rows_contiguous(x) for x in (q, k, v, g))
-    doc_ids = None if doc_ids is None else doc_ids.contiguous()
-    return SegmentedGLA.apply(q, k, v, g, initial_state, doc_ids, scale, on_gpu(scan))
+    if is_served(q, v, CHECKED):
+        return segmented_gla(
+            q, k, v, g, None,
+            scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,
+        )  # fmt: skip
+    o, final_state = gla_chunked(
+        q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
+    )
+    return o.to(v.dtype), final_state

@@ -13,28 +13,24 @@ from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 _SMALL = ((24, 40), (64, 64), (128, 128))
 CHECKED = {
     *((torch.bfloat16, *sizes) for sizes in (*_SMALL, (256, 256), (256, 512))),
-    *((torch.float32, *sizes) for sizes in _SMALL),
+    *((dtype, *sizes) for dtype in (torch.float16, torch.float32) for sizes in _SMALL),
 }
 """(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
-SHORTEST = 512
-"""Tokens below which the reference serves: where the final state's gradient outweighs the outputs',
-what it gives the decays of the last chunk is the small difference of two large numbers that bf16
-has rounded, and short sequences have no more."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """chunk: tokens.  programs: as many as a launch needs to fill the GPU.  longest: tokens of a
-    segment at most; the decay's gradient gathers the rounding of states along a segment."""
+    """key_gradient: with a block of all keys and values it computes dk and dv, else dk.  programs:
+    segments of all heads, as many as fill the GPU.  longest: tokens of a segment at most."""
 
-    chunk: int
     prepare: Launch
     summarize: Launch
-    value_walk: Launch
-    key_walk: Launch
+    output: Launch
+    query_gradient: Launch
+    key_gradient: Launch
     pair_gradient: Launch
-    programs: int = 1024
-    longest: int = 128
+    programs: int = 256
+    longest: int = 8192
 
 
 TUNED = read_tuned(Path(__file__).with_name("tuned.json"), Settings)
@@ -47,13 +43,13 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        launch = Launch(32 if wide <= 256 else 16, 4, 1)
-        return Settings(16, launch, launch, launch, launch, launch)
-    pairs, summarize = Launch(32, 1, 1), Launch(64, 4, 4)
+        tile, walk = Launch(16, 4, 1), Launch(32 if wide <= 256 else 16, 8, 1)
+        return Settings(tile, walk, walk, walk, walk, tile)
+    tiles, summarize = Launch(16, 1, 2), Launch(64, 4, 4)
     if wide <= 128:
-        walk = Launch(64, 4, 3, 168 if capability == 90 else None)
+        walk, both = Launch(64, 4, 3), Launch(128, 8, 3)
     elif wide <= 256:
-        walk = Launch(64, 8, 3)
+        walk = both = Launch(64, 8, 3)
     else:
-        walk = Launch(32, 8, 3)
-    return Settings(16, pairs, summarize, walk, walk, pairs)
+        walk = both = Launch(32, 8, 3)
+    return Settings(tiles, summarize, walk, walk, both, tiles)

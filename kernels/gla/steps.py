@@ -7,18 +7,22 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
-from fla_dist.kernels.common.launch import padded, precision, step, strides
+from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
 from fla_dist.kernels.common.levels import span_types, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gla.settings import Settings, settings
 from fla_dist.kernels.gla.triton_kernels import (
-    key_walk_kernel,
     pair_gradient_kernel,
     prepare_kernel,
     summarize_kernel,
-    value_walk_kernel,
+    walk_kernel,
 )
 from fla_dist.kernels.state import RESET
+
+TILE = 16
+CHUNK = 2 * TILE
+"""Tokens: see triton_kernels.py."""
+_LEVELS = TILE.bit_length() - 1
 
 
 def _settings(q: Tensor, v: Tensor) -> tuple[Settings, int]:
@@ -26,42 +30,47 @@ def _settings(q: Tensor, v: Tensor) -> tuple[Settings, int]:
     last."""
     chosen = settings(launches.capability(q), q.shape[-1], v.shape[-1], q.element_size())
     batch, length, heads, _ = v.shape
-    return chosen, segment_length(
-        batch, length, heads, chosen.chunk, chosen.programs, chosen.longest
-    )
+    return chosen, segment_length(batch, length, heads, CHUNK, chosen.programs, chosen.longest)
 
 
 @step("fla_dist::gla_prepare")
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, doc_ids: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor | None,
+    doc_ids: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q̄, k̄ [B, H, T, K], the chunks' log decays [B, H, N, K], the scores [B, H, T, C]."""
     batch, length, heads, key_size = q.shape
     chosen, _ = _settings(q, v)
-    launch, chunk = chosen.prepare, chosen.chunk
-    chunks = triton.cdiv(length, chunk)
+    launch = chosen.prepare
     q_in, k_out = (q.new_empty(batch, heads, length, key_size) for _ in range(2))
+    chunks = triton.cdiv(length, CHUNK)
     chunk_decay = q.new_empty(batch, heads, chunks, key_size, dtype=torch.float32)
-    scores = q.new_empty(batch, heads, length, chunk)
+    scores = q.new_empty(batch, heads, length, CHUNK)
     prepare_kernel[(chunks, batch * heads)](
-        q, k, g, doc_ids, spans(chunk, span_types(q.dtype)[0], q.device),
+        q, g if k is None else k, g, bonus, doc_ids,
+        spans(TILE, span_types(q.dtype)[0], q.device, bonus is not None),
         q_in, k_out, chunk_decay, scores,
         length, heads, key_size, scale,
-        *strides(q), *strides(k), *strides(g),
-        RESET=RESET, C=chunk, LEVELS=chunk.bit_length() - 1,
-        BK=min(padded(key_size, q.element_size()), launch.block), PACKED=doc_ids is not None,
-        PRECISION=precision(q), **launch.options(),
+        *strides(q), *strides(g if k is None else k), *strides(g),
+        RESET=RESET, TILE=TILE, LEVELS=_LEVELS,
+        BK=min(padded(key_size, q.element_size()), launch.block), FREE_KEYS=k is None,
+        BONUS=bonus is not None, PACKED=doc_ids is not None, PRECISION=precision(q),
+        **launch.options(),
     )  # fmt: skip
     return q_in, k_out, chunk_decay, scores
 
 
 @prepare.register_fake
-def _(q, k, v, g, doc_ids, scale):
+def _(q, k, v, g, bonus, doc_ids, scale):
     batch, length, heads, key_size = q.shape
-    chunk = _settings(q, v)[0].chunk
     rows = q.new_empty(batch, heads, length, key_size)
-    decay = q.new_empty(batch, heads, -(-length // chunk), key_size, dtype=torch.float32)
-    return rows, torch.empty_like(rows), decay, q.new_empty(batch, heads, length, chunk)
+    decay = q.new_empty(batch, heads, -(-length // CHUNK), key_size, dtype=torch.float32)
+    return rows, torch.empty_like(rows), decay, q.new_empty(batch, heads, length, CHUNK)
 
 
 @step("fla_dist::gla_summarize")
@@ -81,7 +90,7 @@ def summarize(y: Tensor, z: Tensor, chunk_decay: Tensor, reverse: bool) -> tuple
     summarize_kernel[(blocks, count, batch * heads)](
         y, z, chunk_decay, state, log_decay,
         length, heads, key_size, value_size, segment, *strides(z),
-        C=chosen.chunk, BK=block_k, BV=block_v, REVERSE=reverse, PRECISION=precision(y),
+        C=CHUNK, BK=block_k, BV=block_v, REVERSE=reverse, PRECISION=precision(y),
         **launch.options(),
     )  # fmt: skip
     return state, log_decay
@@ -97,28 +106,38 @@ def _(y, z, chunk_decay, reverse):
     )
 
 
-def _value_walk(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    chunk_decay: Tensor,
+def _walk(
+    launch: Launch,
+    segment: int,
+    reads: tuple[Tensor, Tensor | None, Tensor, Tensor],
     scores: Tensor,
+    chunk_decay: Tensor,
     state: Tensor,
+    *,
     reverse: bool,
-) -> Tensor:
+    scale: float,
+    keys: tuple[Tensor, ...] | None = None,
+    value_side: Tensor | None = None,
+) -> None:
+    """reads: x, w, y, z.  keys: key_side, sums, final, entering, carries."""
+    x, w, y, z = reads
     batch, length, heads, value_size = z.shape
     key_size, itemsize = x.shape[-1], z.element_size()
-    chosen, segment = _settings(x, z)
-    launch = chosen.value_walk
-    block_v = min(padded(value_size, itemsize), launch.block)
-    out = z.new_empty(z.shape)
-    value_walk_kernel[(triton.cdiv(value_size, block_v), state.shape[1], batch * heads)](
-        x, y, z, chunk_decay, scores, state, out,
-        length, heads, key_size, value_size, segment, *strides(z),
-        C=chosen.chunk, BK=padded(key_size, itemsize), BV=block_v, REVERSE=reverse,
-        PRECISION=precision(x), **launch.options(),
+    block_k, block_v = padded(key_size, itemsize), padded(value_size, itemsize)
+    if keys is None:
+        block_v = min(block_v, launch.block)
+    else:
+        block_k = min(block_k, launch.block)
+    blocks = triton.cdiv(key_size, block_k) * triton.cdiv(value_size, block_v)
+    key_side, *others = keys if keys is not None else (scores,) * 5
+    walk_kernel[(blocks, state.shape[1], batch * heads)](
+        x, z if w is None else w, y, z, scores, chunk_decay, state, key_side,
+        scores if value_side is None else value_side, *others,
+        length, heads, key_size, value_size, segment, scale,
+        *strides(z if w is None else w), *strides(z),
+        C=CHUNK, BK=block_k, BV=block_v, KEYS=keys is not None, VALUES=value_side is not None,
+        REVERSE=reverse, PRECISION=precision(x), STAGES=launch.stages, **launch.options(),
     )  # fmt: skip
-    return out
 
 
 @step("fla_dist::gla_output")
@@ -126,7 +145,13 @@ def output(
     q_in: Tensor, k_out: Tensor, v: Tensor, chunk_decay: Tensor, scores: Tensor, entering: Tensor
 ) -> Tensor:
     """o [B, T, H, V] from the states that enter the segments."""
-    return _value_walk(q_in, k_out, v, chunk_decay, scores, entering, False)
+    chosen, segment = _settings(q_in, v)
+    out = v.new_empty(v.shape)
+    _walk(
+        chosen.output, segment, (q_in, None, k_out, v), scores, chunk_decay, entering,
+        reverse=False, scale=1.0, value_side=out,
+    )  # fmt: skip
+    return out
 
 
 @output.register_fake
@@ -134,59 +159,103 @@ def _(q_in, k_out, v, chunk_decay, scores, entering):
     return v.new_empty(v.shape)
 
 
+@step("fla_dist::gla_query_gradient")
+def query_gradient(
+    do: Tensor,
+    v: Tensor,
+    q_in: Tensor,
+    k_out: Tensor,
+    chunk_decay: Tensor,
+    entering: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """scale S do [B, T, H, K] from the states that enter the segments, and Σ_t q̄_t ⊙ (S do_t) of
+    chunks and their later tiles [B, H, N, 2, K]."""
+    chosen, segment = _settings(q_in, v)
+    batch, heads, chunks, key_size = chunk_decay.shape
+    out = q_in.new_empty(batch, q_in.shape[2], heads, key_size)
+    sums = chunk_decay.new_empty(batch, heads, chunks, 2, key_size)
+    _walk(
+        chosen.query_gradient, segment, (q_in, do, k_out, v), sums, chunk_decay, entering,
+        reverse=False, scale=scale, keys=(out, sums, entering, entering, sums),
+    )  # fmt: skip
+    return out, sums
+
+
+@query_gradient.register_fake
+def _(do, v, q_in, k_out, chunk_decay, entering, scale):
+    batch, heads, length, key_size = q_in.shape
+    sums = (batch, heads, chunk_decay.shape[2], 2, key_size)
+    return q_in.new_empty(batch, length, heads, key_size), chunk_decay.new_empty(sums)
+
+
 @step("fla_dist::gla_backward")
 def backward(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     v: Tensor,
     do: Tensor,
     g: Tensor,
+    bonus: Tensor | None,
     doc_ids: Tensor | None,
     q_in: Tensor,
     k_out: Tensor,
     chunk_decay: Tensor,
     scores: Tensor,
+    outer_dq: Tensor,
+    sums: Tensor,
     entering: Tensor,
     final: Tensor,
     leaving_gradient: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg from the states that enter the segments and the gradients of those that leave
-    them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk (a scratch tensor where there is no k), dv, dg and the bonus' gradient of each chunk
+    [B, H, N, K], from `query_gradient`, the states that enter the segments and the gradients of
+    those that leave them."""
     batch, length, heads, key_size = q.shape
     value_size, itemsize = v.shape[-1], v.element_size()
     chosen, segment = _settings(q, v)
-    launch = chosen.key_walk
-    block_k = min(padded(key_size, itemsize), launch.block)
-    dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
-    chunk_sums, carries = torch.empty_like(chunk_decay), torch.empty_like(chunk_decay)
-    for reverse, x, y, z, own, state, out in (
-        (False, do, k_out, v, q_in, entering, dq),
-        (True, v, q_in, do, k_out, leaving_gradient, dk),
-    ):
-        key_walk_kernel[(triton.cdiv(key_size, block_k), state.shape[1], batch * heads)](
-            x, y, z, own, chunk_decay, state, out, chunk_sums, final, entering, carries,
-            length, heads, key_size, value_size, segment, scale, *strides(x), *strides(z),
-            C=chosen.chunk, BK=block_k, BV=padded(value_size, itemsize), REVERSE=reverse,
-            PRECISION=precision(x), **launch.options(),
-        )  # fmt: skip
-    dv = _value_walk(k_out, q_in, do, chunk_decay, scores, leaving_gradient, True)
-    launch, chunk = chosen.pair_gradient, chosen.chunk
-    summed, gradient_spans = (spans(chunk, dtype, q.device) for dtype in span_types(q.dtype))
-    pair_gradient_kernel[(chunk_decay.shape[2], batch * heads)](
-        q, k, v, do, g, doc_ids, summed, gradient_spans, carries, dq, dk, dg,
-        length, heads, key_size, value_size, scale,
-        *strides(q), *strides(k), *strides(v), *strides(do), *strides(g),
-        C=chunk, LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
-        BV=min(padded(value_size, itemsize), 64), PACKED=doc_ids is not None,
-        PRECISION=precision(q), **launch.options(),
+    dq, dk = q.new_empty(q.shape), q.new_empty(q.shape)
+    dv, dg = v.new_empty(v.shape), g.new_empty(g.shape)
+    carries = torch.empty_like(sums)
+    keys = (dk, sums, final, entering, carries)
+    reads = (k_out, v, q_in, do)
+    launch = chosen.key_gradient
+    together = launch.block >= max(padded(key_size, itemsize), padded(value_size, itemsize))
+    _walk(
+        launch, segment, reads, scores, chunk_decay, leaving_gradient,
+        reverse=True, scale=scale, keys=keys, value_side=dv if together else None,
     )  # fmt: skip
-    return dq, dk, dv, dg
+    if not together:
+        _walk(
+            chosen.output, segment, reads, scores, chunk_decay, leaving_gradient,
+            reverse=True, scale=scale, value_side=dv,
+        )  # fmt: skip
+    launch = chosen.pair_gradient
+    chunks = chunk_decay.shape[2]
+    bonus_gradient = chunk_decay.new_empty(
+        (batch, heads, chunks, key_size) if bonus is not None else (0,)
+    )
+    pair_gradient_kernel[(chunks, batch * heads)](
+        q, g if k is None else k, v, do, g, bonus, doc_ids,
+        *(spans(TILE, each, q.device, bonus is not None) for each in span_types(q.dtype)),
+        carries, outer_dq, dq, dk, dg, bonus_gradient,
+        length, heads, key_size, value_size, scale,
+        *strides(q), *strides(g if k is None else k), *strides(v), *strides(do), *strides(g),
+        TILE=TILE, LEVELS=_LEVELS, BK=min(padded(key_size, itemsize), launch.block),
+        BV=min(padded(value_size, itemsize), 64), FREE_KEYS=k is None, BONUS=bonus is not None,
+        PACKED=doc_ids is not None, SPLIT=q.dtype == torch.float16, PRECISION=precision(q),
+        **launch.options(),
+    )  # fmt: skip
+    return dq, dk, dv, dg, bonus_gradient
 
 
 @backward.register_fake
 def _(
-    q, k, v, do, g, doc_ids, q_in, k_out, chunk_decay, scores, entering, final, leaving_gradient,
-    scale,
+    q, k, v, do, g, bonus, doc_ids, q_in, k_out, chunk_decay, scores, outer_dq, sums, entering,
+    final, leaving_gradient, scale,
 ):  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), g.new_empty(g.shape)
+    return (
+        q.new_empty(q.shape), q.new_empty(q.shape), v.new_empty(v.shape), g.new_empty(g.shape),
+        chunk_decay.new_empty(chunk_decay.shape if bonus is not None else (0,)),
+    )  # fmt: skip

@@ -8,16 +8,20 @@ gradient of the one that leaves it:
     q̄_t = scale e^{G_t} ⊙ q_t               k̄_s = e^{G_C - G_s} ⊙ k_s
 
 `prepare_kernel` computes q̄, k̄ and the scores A, so that what walks the chunks of a segment
-(`summarize_kernel`, `value_walk_kernel`, `key_walk_kernel`) sees neither gates nor documents.
-`pair_gradient_kernel` adds what the pairs inside a chunk give dq and dk, and computes dg.
+(`summarize_kernel`, `walk_kernel`) sees neither gates nor documents. `pair_gradient_kernel` adds
+what the pairs inside a chunk give dq and dk, and computes dg.
 
-Inside a chunk the decay differs by channel and so cannot be split off a product of q and k. Pairs
-s < t are sorted by the level b = 1, 2, 4, ... C/2 at which the blocks of b tokens that hold s and
-t are neighbours under one block of 2b. Both are measured from the border between the two: e^{G_t -
-G_s} = e^{G_t - G_border} e^{G_border - G_s}, no exponent is positive, and each level is one
-product on tensor cores. A token is on one side of its level's border: later tokens enter with q,
-earlier ones with k, all in one matrix. The exponents are sums of g over spans of tokens: products
-of g with a matrix of zeros and ones.
+Inside a chunk the decay differs by channel and so cannot be split off a product of q and k. A chunk
+is two tiles of 16 tokens, and one warp's work. Pairs s < t in one tile are sorted by the level
+b = 1, 2, 4, 8 at which the blocks of b tokens that hold s and t are neighbours under one block of
+2b; pairs in two tiles are the level above. Both are measured from the border between the two:
+e^{G_t - G_s} = e^{G_t - G_border} e^{G_border - G_s}, no exponent is positive, and each level is
+one product on tensor cores. A token is on one side of its level's border: later tokens enter with
+q, earlier ones with k, all in one matrix. The exponents are sums of g over spans of tokens:
+products of g with a matrix of zeros and ones.
+
+A token that sees the state before it (RWKV6) has spans that end before it, and a bonus u for
+itself. Keys that are 1 - e^g (HGRN2) are computed from g, and their gradient goes to dg.
 
 Notation: B batch, T tokens, H heads, K and V head sizes, C tokens a chunk, N chunks, S segments.
 q, k, v, g, o and gradients are [B, T, H, ·], their last axis contiguous; q̄, k̄ [B, H, T, K]; scores
@@ -31,91 +35,186 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_dist.kernels.common.levels import chunk_documents, is_later, level_pairs, summands
+from fla_dist.kernels.common.levels import (
+    documents,
+    is_later,
+    level_pairs,
+    load_spans,
+    open_documents,
+    summands,
+)
 from fla_dist.kernels.common.segments import LOG2_E, negligible
 
 
 @triton.jit
+def sum_spans(b_change, b_span, b_sum, SPLIT: tl.constexpr):
+    """Adds sums of b_change over spans, in b_span's type; split in two parts, beyond its digits."""
+    b_high = b_change.to(b_span.dtype)
+    b_sum = tl.dot(b_high, b_span, b_sum, input_precision="ieee")
+    if SPLIT:
+        b_low = (b_change - b_high.to(tl.float32)).to(b_span.dtype)
+        b_sum = tl.dot(b_low, b_span, b_sum, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
+def free_part(b_g, dtype: tl.constexpr):
+    """1 - e^g, in which near 0 no digits cancel."""
+    b_g = b_g.to(tl.float32)
+    b_series = -b_g * (1 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24 + b_g / 120))))
+    return tl.where(b_g > -0.1, b_series, 1 - tl.exp2(b_g * LOG2_E)).to(dtype)
+
+
+@triton.jit
+def documents(doc_ids, start, T, C: tl.constexpr):
+    """doc_ids of C tokens; those beyond T are of the last document."""
+    return tl.load(doc_ids + tl.minimum(start + tl.arange(0, C), T - 1))
+
+
+@triton.jit
+def open_documents(doc_ids, start, T, C: tl.constexpr):
+    """The document open at a chunk's start, and at its end."""
+    before = tl.load(doc_ids + start - 1, mask=start > 0, other=0)
+    return before, tl.load(doc_ids + tl.minimum(start + C, T) - 1)
+
+
+@triton.jit
+def load_tile(x, stride_t, o_row, o_column, mask):
+    return tl.load(x + o_row * stride_t + o_column, mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_scores(b_q, b_k, b_summands, b_spans, o_c, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Σ_K q_t k_s e^{G_t - G_s} of the pairs s < t in one tile, and its mirror image."""
+    TILE: tl.constexpr = b_q.shape[0]
+    b_score = tl.zeros([TILE, TILE], dtype=tl.float32)
+    for level in tl.static_range(LEVELS):
+        b_decay = tl.exp2(tl.dot(b_spans[level], b_summands, input_precision="ieee"))
+        b_side = tl.where(is_later(o_c, level)[:, None], b_q, b_k) * b_decay
+        b_product = tl.dot(
+            b_side.to(b_q.dtype), tl.trans(b_side).to(b_q.dtype), input_precision=PRECISION
+        )
+        b_score += tl.where(level_pairs(o_c, level), b_product, 0.0)
+    return b_score
+
+
+@triton.jit
 def prepare_kernel(
-    q, k, g, doc_ids, spans, q_in, k_out, chunk_decay, scores,
+    q, k, g, bonus, doc_ids, spans, q_in, k_out, chunk_decay, scores,
     T, H, K, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, g_stride_b, g_stride_t,
     g_stride_h,
-    RESET: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    RESET: tl.constexpr, TILE: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+    FREE_KEYS: tl.constexpr, BONUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q̄ and k̄, zero where a document keeps the token from the chunk's start or its end; the
     chunk's log decay, RESET where a document starts in it; scores_ts = scale Σ_K q_t k_s
     e^{G_t - G_s} of the pairs s <= t.
 
-    Grid: (N, B·H). Reads q, k, g once, writes q̄, k̄ and C scores a token.
+    Grid: (N, B·H). Reads q, k, g once, writes q̄, k̄ and C scores a token. `_0` and `_1` are the
+    chunk's two tiles.
     """
-    chunk, batch, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    start = chunk * C
-    o_c = tl.arange(0, C)
-    mask_c = o_c < T - start
-    q += (
-        batch.to(tl.int64) * q_stride_b
-        + start.to(tl.int64) * q_stride_t
-        + head.to(tl.int64) * q_stride_h
-    )
-    k += (
-        batch.to(tl.int64) * k_stride_b
-        + start.to(tl.int64) * k_stride_t
-        + head.to(tl.int64) * k_stride_h
-    )
-    g += (
-        batch.to(tl.int64) * g_stride_b
-        + start.to(tl.int64) * g_stride_t
-        + head.to(tl.int64) * g_stride_h
-    )
+    C: tl.constexpr = 2 * TILE
+    start, batch, head = tl.program_id(0) * C, tl.program_id(1) // H, tl.program_id(1) % H
+    o_0 = tl.arange(0, TILE)
+    o_1 = TILE + o_0
+    mask_0, mask_1 = o_0 < T - start, o_1 < T - start
+    q += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    k += batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+    g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
+    q += start.to(tl.int64) * q_stride_t
+    k += start.to(tl.int64) * k_stride_t
+    g += start.to(tl.int64) * g_stride_t
     row = tl.program_id(1).to(tl.int64) * T + start
     q_in += row * K
     k_out += row * K
-    chunk_decay += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk) * K
+    chunk_decay += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
-    b_document, b_continues, b_last, passes = chunk_documents(doc_ids, start, T, C, PACKED)
-    o_pair = o_c[:, None] * C + o_c[None, :]
-    b_score = tl.zeros([C, C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=1):
+        before, last = open_documents(doc_ids, start, T, C)
+        b_document_0 = documents(doc_ids, start, T, TILE)
+        b_document_1 = documents(doc_ids, start + TILE, T, TILE)
+    o_pair = o_0[:, None] * TILE + o_0[None, :]
+    b_spans = load_spans(spans, o_pair, LEVELS + 2, TILE)
+    b_all = tl.full([TILE, TILE], 1.0, dtype=spans.dtype.element_ty)
+    b_score_0 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_score_1 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_score_10 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_self_0 = tl.zeros([TILE], dtype=tl.float32)
+    b_self_1 = tl.zeros([TILE], dtype=tl.float32)
+    for first_k in range(0, K, BK):
         o_k = first_k + tl.arange(0, BK)
-        mask_k = o_k < K
-        mask = mask_c[:, None] & mask_k[None, :]
-        b_q = tl.load(q + o_c[:, None] * q_stride_t + o_k[None, :], mask=mask, other=0.0)
-        b_k = tl.load(k + o_c[:, None] * k_stride_t + o_k[None, :], mask=mask, other=0.0)
-        b_g = tl.load(g + o_c[:, None] * g_stride_t + o_k[None, :], mask=mask, other=0.0)
-        b_summands = summands(b_g, PRECISION == "ieee")
+        mask_k = (o_k < K)[None, :]
+        mask_k0, mask_k1 = mask_0[:, None] & mask_k, mask_1[:, None] & mask_k
+        b_q_0 = load_tile(q, q_stride_t, o_0[:, None], o_k[None, :], mask_k0)
+        b_q_1 = load_tile(q, q_stride_t, o_1[:, None], o_k[None, :], mask_k1)
+        b_g_0 = load_tile(g, g_stride_t, o_0[:, None], o_k[None, :], mask_k0)
+        b_g_1 = load_tile(g, g_stride_t, o_1[:, None], o_k[None, :], mask_k1)
+        if FREE_KEYS:
+            b_k_0, b_k_1 = free_part(b_g_0, b_q_0.dtype), free_part(b_g_1, b_q_0.dtype)
+        else:
+            b_k_0 = load_tile(k, k_stride_t, o_0[:, None], o_k[None, :], mask_k0)
+            b_k_1 = load_tile(k, k_stride_t, o_1[:, None], o_k[None, :], mask_k1)
+        b_summands_0 = summands(b_g_0, PRECISION == "ieee")
+        b_summands_1 = summands(b_g_1, PRECISION == "ieee")
 
-        o_ck = o_c[:, None] * K + o_k[None, :]
-        b_before = tl.load(spans + LEVELS * C * C + o_pair)
-        b_after = tl.load(spans + (LEVELS + 1) * C * C + o_pair)
-        b_in = b_q * tl.exp2(tl.dot(b_before, b_summands, input_precision="ieee")) * scale
-        b_out = b_k * tl.exp2(tl.dot(b_after, b_summands, input_precision="ieee"))
-        b_total = tl.sum(b_g.to(tl.float32), axis=0)
+        # Exponents of the decays from the tile's start and to its end, and in all of it.
+        b_before, b_after = b_spans[LEVELS], b_spans[LEVELS + 1]
+        b_before_0 = tl.dot(b_before, b_summands_0, input_precision="ieee")
+        b_before_1 = tl.dot(b_before, b_summands_1, input_precision="ieee")
+        b_after_0 = tl.dot(b_after, b_summands_0, input_precision="ieee")
+        b_after_1 = tl.dot(b_after, b_summands_1, input_precision="ieee")
+        b_through_0 = tl.dot(b_all, b_summands_0, b_before_1, input_precision="ieee")
+        b_through_1 = tl.dot(b_all, b_summands_1, b_after_0, input_precision="ieee")
+        b_total = tl.dot(b_all, b_summands_0, input_precision="ieee")
+        b_total = tl.dot(b_all, b_summands_1, b_total, input_precision="ieee") * (1 / LOG2_E)
+        b_in_0 = b_q_0 * (tl.exp2(b_before_0) * scale)
+        b_in_1 = b_q_1 * (tl.exp2(b_through_0) * scale)
+        b_out_0 = b_k_0 * tl.exp2(b_through_1)
+        b_out_1 = b_k_1 * tl.exp2(b_after_1)
         if PACKED:
-            b_in = tl.where(b_continues[:, None], b_in, 0.0)
-            b_out = tl.where(b_last[:, None], b_out, 0.0)
-            b_total = tl.where(passes, b_total, RESET)
-        tl.store(q_in + o_ck, b_in.to(q_in.dtype.element_ty), mask=mask)
-        tl.store(k_out + o_ck, b_out.to(k_out.dtype.element_ty), mask=mask)
-        tl.store(chunk_decay + o_k, b_total, mask=mask_k)
+            b_in_0 = tl.where((b_document_0 == before)[:, None], b_in_0, 0.0)
+            b_in_1 = tl.where((b_document_1 == before)[:, None], b_in_1, 0.0)
+            b_out_0 = tl.where((b_document_0 == last)[:, None], b_out_0, 0.0)
+            b_out_1 = tl.where((b_document_1 == last)[:, None], b_out_1, 0.0)
+            b_total = tl.where(before == last, b_total, RESET)
+        o_0k = o_0[:, None] * K + o_k[None, :]
+        o_1k = o_1[:, None] * K + o_k[None, :]
+        tl.store(q_in + o_0k, b_in_0.to(q_in.dtype.element_ty), mask=mask_k0)
+        tl.store(q_in + o_1k, b_in_1.to(q_in.dtype.element_ty), mask=mask_k1)
+        tl.store(k_out + o_0k, b_out_0.to(k_out.dtype.element_ty), mask=mask_k0)
+        tl.store(k_out + o_1k, b_out_1.to(k_out.dtype.element_ty), mask=mask_k1)
+        p_decay = chunk_decay + o_0[:, None] * 0 + o_k[None, :]
+        tl.store(p_decay, b_total, mask=(o_0 == 0)[:, None] & mask_k)
 
-        b_product = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_score += tl.where(o_c[:, None] == o_c[None, :], b_product, 0.0)
-        for level in tl.range(0, LEVELS, num_stages=1):
-            b_span = tl.load(spans + level * C * C + o_pair)
-            b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
-            b_side = (tl.where(is_later(o_c, level)[:, None], b_q, b_k) * b_decay).to(b_q.dtype)
-            b_product = tl.dot(b_side, tl.trans(b_side), input_precision=PRECISION)
-            b_score += tl.where(level_pairs(o_c, level), b_product, 0.0)
+        b_near_q = (b_q_1 * tl.exp2(b_before_1)).to(b_q_1.dtype)
+        b_near_k = b_k_0 * tl.exp2(b_after_0)
+        b_near_k = tl.trans(b_near_k).to(b_k_0.dtype)
+        b_score_10 = tl.dot(b_near_q, b_near_k, b_score_10, input_precision=PRECISION)
+        b_score_0 += tile_scores(b_q_0, b_k_0, b_summands_0, b_spans, o_0, LEVELS, PRECISION)
+        b_score_1 += tile_scores(b_q_1, b_k_1, b_summands_1, b_spans, o_0, LEVELS, PRECISION)
+        # The 0 is in the products' layout: q and k leave shared memory in no other.
+        b_own_0, b_own_1 = b_q_0 * (b_before_0 * 0 + b_k_0), b_q_1 * (b_before_1 * 0 + b_k_1)
+        if BONUS:
+            b_bonus = tl.load(bonus + head * K + o_k, mask=o_k < K, other=0.0)[None, :]
+            b_own_0, b_own_1 = b_own_0 * b_bonus, b_own_1 * b_bonus
+        b_self_0 += tl.sum(b_own_0, axis=1)
+        b_self_1 += tl.sum(b_own_1, axis=1)
 
-    visible = o_c[:, None] >= o_c[None, :]
+    diagonal, below = o_0[:, None] == o_0[None, :], o_0[:, None] > o_0[None, :]
+    b_score_0 = tl.where(below, b_score_0, tl.where(diagonal, b_self_0[:, None], 0.0))
+    b_score_1 = tl.where(below, b_score_1, tl.where(diagonal, b_self_1[:, None], 0.0))
     if PACKED:
-        visible = visible & (b_document[:, None] == b_document[None, :])
-    b_score = tl.where(visible, b_score * scale, 0.0)
-    p_scores = scores + row * C + o_pair
-    tl.store(p_scores, b_score.to(scores.dtype.element_ty), mask=mask_c[:, None])
+        b_score_0 = tl.where(b_document_0[:, None] == b_document_0[None, :], b_score_0, 0.0)
+        b_score_1 = tl.where(b_document_1[:, None] == b_document_1[None, :], b_score_1, 0.0)
+        b_score_10 = tl.where(b_document_1[:, None] == b_document_0[None, :], b_score_10, 0.0)
+    p_score_0 = scores + row * C + o_0[:, None] * C + o_0[None, :]
+    p_score_1 = p_score_0 + TILE * C
+    dtype: tl.constexpr = scores.dtype.element_ty
+    tl.store(p_score_0, (b_score_0 * scale).to(dtype), mask=mask_0[:, None])
+    tl.store(p_score_0 + TILE, tl.zeros([TILE, TILE], dtype=dtype), mask=mask_0[:, None])
+    tl.store(p_score_1, (b_score_10 * scale).to(dtype), mask=mask_1[:, None])
+    tl.store(p_score_1 + TILE, (b_score_1 * scale).to(dtype), mask=mask_1[:, None])
 
 
 @triton.jit
@@ -168,154 +267,180 @@ def summarize_kernel(
 
 
 @triton.jit
-def value_walk_kernel(
-    x, y, z, chunk_decay, scores, state, out,
-    T, H, K, V, segment, z_stride_b, z_stride_t, z_stride_h,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """o from (x, y, z) = (q̄, k̄, v), or in reverse dv from (k̄, q̄, do): x state + scores z.
-
-    Grid: (blocks of V, S, B·H). One program owns [BK >= K, BV] of a segment's running state. Reads
-    x, y and the scores once a block, z once, writes out once.
-    """
-    block_v, segment_index = tl.program_id(0), tl.program_id(1)
-    batch, head = tl.program_id(2) // H, tl.program_id(2) % H
-    first = segment_index * segment
-    chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
-    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), block_v * BV + tl.arange(0, BV)
-    mask_k, mask_v = o_k < K, o_v < V
-    x += tl.program_id(2).to(tl.int64) * T * K
-    y += tl.program_id(2).to(tl.int64) * T * K
-    z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
-    out += (batch.to(tl.int64) * T * H + head) * V
-    scores += tl.program_id(2).to(tl.int64) * T * C
-    chunk_decay += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * K
-
-    o_pair = o_c[:, None] * C + o_c[None, :]
-    o_transposed = o_c[None, :] * C + o_c[:, None]
-    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
-    p_state = state + stretch * K * V + o_k[:, None] * V + o_v[None, :]
-    b_state = tl.load(p_state, mask=mask_k[:, None] & mask_v[None, :], other=0.0)
-
-    for i in range(chunks):
-        start = first + (chunks - 1 - i if REVERSE else i) * C
-        mask_c = o_c < T - start
-        mask_ck, mask_cv = mask_c[:, None] & mask_k[None, :], mask_c[:, None] & mask_v[None, :]
-        o_ck = start.to(tl.int64) * K + o_c[:, None] * K + o_k[None, :]
-        p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_v[None, :]
-        p_scores = scores + start.to(tl.int64) * C
-        if REVERSE:
-            b_score = tl.load(p_scores + o_transposed, mask=mask_c[None, :], other=0.0)
-        else:
-            b_score = tl.load(p_scores + o_pair, mask=mask_c[:, None], other=0.0)
-        b_x = tl.load(x + o_ck, mask=mask_ck, other=0.0)
-        b_y = tl.load(y + o_ck, mask=mask_ck, other=0.0)
-        b_z = tl.load(p_z, mask=mask_cv, other=0.0)
-        b_decay = tl.load(chunk_decay + (start // C).to(tl.int64) * K + o_k, mask=mask_k, other=0.0)
-        b_out = tl.dot(b_x, b_state.to(b_z.dtype), input_precision=PRECISION)
-        b_out = tl.dot(b_score, b_z, b_out, input_precision=PRECISION)
-        p_out = out + start.to(tl.int64) * H * V + o_c[:, None] * (H * V) + o_v[None, :]
-        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cv)
-        b_state *= tl.exp2(b_decay * LOG2_E)[:, None]
-        b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision=PRECISION)
-
-
-@triton.jit
-def key_walk_kernel(
-    x, y, z, own, chunk_decay, state, out, chunk_sums, final, entering, carries,
+def walk_kernel(
+    x, w, y, z, scores, chunk_decay, state, key_side, value_side, sums, final, entering, carries,
     T, H, K, V, segment, scale,
-    x_stride_b, x_stride_t, x_stride_h, z_stride_b, z_stride_t, z_stride_h,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    w_stride_b, w_stride_t, w_stride_h, z_stride_b, z_stride_t, z_stride_h,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """state x, for what tokens outside the chunk give: scale S do from (x, y, z, own) = (do, k̄, v,
-    q̄), or in reverse dS v from (v, q̄, do, k̄).
+    """What tokens take of the running state Σ y zᵀ: forward S of (y, z) = (k̄, v), read with (x, w)
+    = (q̄, do); in reverse dS of (q̄, do), read with (k̄, v).
 
-    For dg, the forward walk writes Σ_t q̄_t ⊙ (S do_t) of each chunk [B, H, N, K]. The reverse walk
-    takes them, and writes to `carries` what pairs with one token before a chunk and one after it
-    give the decays in it: <state, its gradient> at the chunk's end, less what the chunk's own
-    tokens have in it, and nothing where the chunk lets next to nothing through.
+    VALUES: value_side = x state + scores z: o, or dv.  KEYS: key_side = state w: scale S do, or
+    dS v, for what tokens outside the chunk give dq and dk.
 
-    Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
-    x and z once a block, y and own once, writes out once.
+    For dg, the forward walk writes Σ_t q̄_t ⊙ (S do_t) of each chunk's later tile and of the chunk,
+    `sums` [B, H, N, 2, K]. The reverse walk takes them, and writes to `carries` [B, H, N, 2, K]
+    what pairs of tokens on two sides of a tile give the decays in it. It begins with the pairs on
+    two sides of the chunk: <state, its gradient> at the chunk's end, less what the chunk's own
+    tokens have in it, and nothing where the chunk lets next to nothing through. A segment of one
+    chunk multiplies the two states at its own ends: there a difference would be all rounding.
+
+    Grid: (blocks of K or V, S, B·H). One program owns [BK, BV] of a segment's running state; KEYS
+    takes BV >= V, VALUES BK >= K. Reads its inputs once a block, writes its outputs once.
     """
-    block_k, segment_index = tl.program_id(0), tl.program_id(1)
-    batch, head = tl.program_id(2) // H, tl.program_id(2) % H
+    segment_index, batch, head = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
+    block_k, block_v = tl.program_id(0), tl.program_id(0)
+    if KEYS:
+        block_v *= 0
+    else:
+        block_k *= 0
     first = segment_index * segment
     chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
-    o_c, o_k, o_v = tl.arange(0, C), block_k * BK + tl.arange(0, BK), tl.arange(0, BV)
+    o_c = tl.arange(0, C)
+    o_k, o_v = block_k * BK + tl.arange(0, BK), block_v * BV + tl.arange(0, BV)
     mask_k, mask_v = o_k < K, o_v < V
     mask_kv = mask_k[:, None] & mask_v[None, :]
-    x += batch.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
+    w += batch.to(tl.int64) * w_stride_b + head.to(tl.int64) * w_stride_h
     z += batch.to(tl.int64) * z_stride_b + head.to(tl.int64) * z_stride_h
+    x += tl.program_id(2).to(tl.int64) * T * K
     y += tl.program_id(2).to(tl.int64) * T * K
-    own += tl.program_id(2).to(tl.int64) * T * K
-    out += (batch.to(tl.int64) * T * H + head) * K
+    key_side += (batch.to(tl.int64) * T * H + head) * K
+    value_side += (batch.to(tl.int64) * T * H + head) * V
+    scores += tl.program_id(2).to(tl.int64) * T * C
     chunk_decay += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * K
-    chunk_sums += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * K
-    carries += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * K
+    sums += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * 2 * K
+    carries += tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) * 2 * K
+    o_pair = o_c[:, None] * C + o_c[None, :]
+    o_transposed = o_c[None, :] * C + o_c[:, None]
 
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     o_kv = o_k[:, None] * V + o_v[None, :]
     b_state = tl.load(state + stretch * K * V + o_kv, mask=mask_kv, other=0.0)
     b_carry = tl.zeros([BK], dtype=tl.float32)
-    if REVERSE:
-        p_leaving = entering + (stretch + H) * K * V
+    if KEYS and REVERSE:
+        p_other_state = entering + (stretch + H) * K * V
         if segment_index == tl.num_programs(1) - 1:
-            p_leaving = final + tl.program_id(2).to(tl.int64) * K * V
-        b_carry = tl.sum(b_state * tl.load(p_leaving + o_kv, mask=mask_kv, other=0.0), axis=1)
+            p_other_state = final + tl.program_id(2).to(tl.int64) * K * V
+        if chunks == 1:
+            p_other_state = entering + stretch * K * V
+        b_other_state = tl.load(p_other_state + o_kv, mask=mask_kv, other=0.0)
+        b_carry = tl.sum(b_state * b_other_state, axis=1)
 
-    for i in range(chunks):
+    for i in tl.range(0, chunks, num_stages=STAGES):
         start = first + (chunks - 1 - i if REVERSE else i) * C
         mask_c = o_c < T - start
         mask_ck, mask_cv = mask_c[:, None] & mask_k[None, :], mask_c[:, None] & mask_v[None, :]
         o_ck = start.to(tl.int64) * K + o_c[:, None] * K + o_k[None, :]
-        p_x = x + start.to(tl.int64) * x_stride_t + o_c[:, None] * x_stride_t + o_v[None, :]
         p_z = z + start.to(tl.int64) * z_stride_t + o_c[:, None] * z_stride_t + o_v[None, :]
         o_chunk = (start // C).to(tl.int64) * K + o_k
-        b_x = tl.load(p_x, mask=mask_cv, other=0.0)
+        b_x = tl.load(x + o_ck, mask=mask_ck, other=0.0)
         b_y = tl.load(y + o_ck, mask=mask_ck, other=0.0)
         b_z = tl.load(p_z, mask=mask_cv, other=0.0)
-        b_own = tl.load(own + o_ck, mask=mask_ck, other=0.0)
         b_through = tl.exp2(tl.load(chunk_decay + o_chunk, mask=mask_k, other=0.0) * LOG2_E)
-        b_out = tl.dot(b_x, tl.trans(b_state.to(b_x.dtype)), input_precision=PRECISION)
-        b_sums = tl.sum(b_own * b_out, axis=0)
-        p_out = out + start.to(tl.int64) * H * K + o_c[:, None] * (H * K) + o_k[None, :]
-        if REVERSE:
-            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_ck)
-            b_across = tl.where(b_through > negligible(PRECISION == "ieee"), b_carry - b_sums, 0.0)
-            tl.store(carries + o_chunk, b_across, mask=mask_k)
-            b_carry = b_across + tl.load(chunk_sums + o_chunk, mask=mask_k, other=0.0)
-        else:
-            tl.store(p_out, (b_out * scale).to(out.dtype.element_ty), mask=mask_ck)
-            tl.store(chunk_sums + o_chunk, b_sums, mask=mask_k)
+        b_rounded = b_state.to(b_z.dtype)
+        if KEYS:
+            p_w = w + start.to(tl.int64) * w_stride_t + o_c[:, None] * w_stride_t + o_v[None, :]
+            b_w = tl.load(p_w, mask=mask_cv, other=0.0)
+            # [BK, C]: the state enters from registers.
+            b_key_side = tl.dot(b_rounded, tl.trans(b_w), input_precision=PRECISION)
+            b_products = tl.trans(b_x) * b_key_side
+            # From the state in fp32: the carry loses this in every chunk, and what rounding the
+            # state leaves out would add up.
+            b_own = tl.dot(tl.trans(b_x), b_w, input_precision=PRECISION)
+            b_all = tl.sum(b_state * b_own, axis=1)
+            p_key_side = key_side + start.to(tl.int64) * H * K
+            p_key_side += o_c[None, :] * (H * K) + o_k[:, None]
+            p_sums = sums + 2 * (o_chunk - o_k) + o_k
+            if REVERSE:
+                p_carries = carries + 2 * (o_chunk - o_k) + o_k
+                b_earlier = tl.sum(tl.where((o_c < C // 2)[None, :], b_products, 0.0), axis=1)
+                passes = b_through > negligible(PRECISION == "ieee")
+                b_across = tl.where(passes, b_carry - b_all, 0.0)
+                if chunks == 1:
+                    b_across = b_carry * b_through
+                b_later_sum = tl.load(p_sums, mask=mask_k, other=0.0)
+                tl.store(p_carries, b_across + b_later_sum, mask=mask_k)
+                tl.store(p_carries + K, b_across + b_earlier, mask=mask_k)
+                b_carry = b_across + tl.load(p_sums + K, mask=mask_k, other=0.0)
+            else:
+                b_later = tl.sum(tl.where((o_c >= C // 2)[None, :], b_products, 0.0), axis=1)
+                tl.store(p_sums, b_later, mask=mask_k)
+                tl.store(p_sums + K, b_all, mask=mask_k)
+                b_key_side *= scale
+            b_key_side = b_key_side.to(key_side.dtype.element_ty)
+            tl.store(p_key_side, b_key_side, mask=mask_k[:, None] & mask_c[None, :])
+        if VALUES:
+            p_scores = scores + start.to(tl.int64) * C
+            if REVERSE:
+                b_score = tl.load(p_scores + o_pair, mask=mask_c[:, None], other=0.0)
+            else:
+                b_score = tl.load(p_scores + o_transposed, mask=mask_c[None, :], other=0.0)
+            b_value_side = tl.dot(tl.trans(b_rounded), tl.trans(b_x), input_precision=PRECISION)
+            b_value_side = tl.dot(tl.trans(b_z), b_score, b_value_side, input_precision=PRECISION)
+            p_value_side = value_side + start.to(tl.int64) * H * V
+            p_value_side += o_c[None, :] * (H * V) + o_v[:, None]
+            b_value_side = b_value_side.to(value_side.dtype.element_ty)
+            tl.store(p_value_side, b_value_side, mask=mask_v[:, None] & mask_c[None, :])
         b_state *= b_through[:, None]
         b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision=PRECISION)
 
 
 @triton.jit
+def tile_gradient(
+    b_q, b_k, b_dq, b_dk, b_ds, b_summands, b_dg, b_spans, b_gradient_spans, o_c,
+    LEVELS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq, dk, dg [K, TILE] what the pairs in one tile give, from the scores' gradient,
+    mirrored at the diagonal."""
+    for level in tl.static_range(LEVELS):
+        later = is_later(o_c, level)[None, :]
+        b_decay = tl.exp2(tl.dot(b_summands, b_spans[level], input_precision="ieee"))
+        b_side = tl.where(later, b_q, b_k) * b_decay
+        b_level = tl.where(level_pairs(o_c, level), b_ds, 0.0).to(dtype)
+        b_gradient = tl.dot(b_side.to(dtype), b_level, input_precision=PRECISION)
+        b_dg = sum_spans(b_side * b_gradient, b_gradient_spans[level], b_dg, SPLIT)
+        b_gradient *= b_decay
+        b_dq += tl.where(later, b_gradient, 0.0)
+        b_dk += tl.where(later, 0.0, b_gradient)
+    return b_dq, b_dk, b_dg
+
+
+@triton.jit
+def mirrored(b_x, o_c):
+    """The lower triangle with the diagonal, and its mirror image."""
+    return tl.where(o_c[:, None] >= o_c[None, :], b_x, tl.trans(b_x))
+
+
+@triton.jit
 def pair_gradient_kernel(
-    q, k, v, do, g, doc_ids, spans, gradient_spans, carries, dq, dk, dg,
+    q, k, v, do, g, bonus, doc_ids, spans, gradient_spans, carries, outer_dq, dq, dk, dg,
+    bonus_gradient,
     T, H, K, V, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t,
     v_stride_h,
     do_stride_b, do_stride_t, do_stride_h, g_stride_b, g_stride_t, g_stride_h,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    TILE: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    FREE_KEYS: tl.constexpr, BONUS: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk, which hold what `key_walk_kernel` wrote, from the tokens outside the chunk and
-    from its pairs; then dg.
+    """dq and dk from what `walk_kernel` wrote to outer_dq and dk, the tokens outside the chunk, and
+    from the chunk's pairs; then dg, and what the chunk gives the bonus.
 
     q_t ⊙ dq_t and k_s ⊙ dk_s are the gradients of the exponents in the decays on both sides of a
-    border: from the other chunks of the sums from the chunk's start and to its end, and from each
-    level of its own spans.
+    border: from other tiles of the sums from the tile's start and to its end, and from each level
+    of its own spans.
 
-    Grid: (N, B·H). Reads q, k, g, v, do once; reads and writes dq and dk, writes dg.
+    Grid: (N, B·H). Reads q, k, g, v, do, outer_dq, dk once, writes dq, dk, dg. `_0` and `_1` are
+    the chunk's two tiles.
     """
+    C: tl.constexpr = 2 * TILE
     start, batch, head = tl.program_id(0) * C, tl.program_id(1) // H, tl.program_id(1) % H
-    o_c = tl.arange(0, C)
-    mask_c = o_c < T - start
+    dtype: tl.constexpr = q.dtype.element_ty
+    o_0 = tl.arange(0, TILE)
+    o_1 = TILE + o_0
+    mask_0, mask_1 = o_0 < T - start, o_1 < T - start
     q += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     k += batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
     v += batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
@@ -326,69 +451,128 @@ def pair_gradient_kernel(
     v += start.to(tl.int64) * v_stride_t
     do += start.to(tl.int64) * do_stride_t
     g += start.to(tl.int64) * g_stride_t
-    carries += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K
+    chunk = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_out = ((batch.to(tl.int64) * T + start) * H + head) * K
+    outer_dq += o_out
+    dq += o_out
+    dk += o_out
+    dg += o_out
+
+    # The scores' gradient: [query, key] of the tiles, and of queries in 1 and keys in 0.
+    b_ds_0 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_ds_1 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    b_ds_10 = tl.zeros([TILE, TILE], dtype=tl.float32)
+    for first_v in range(0, V, BV):
+        o_v = first_v + tl.arange(0, BV)
+        mask_v = (o_v < V)[None, :]
+        mask_v0, mask_v1 = mask_0[:, None] & mask_v, mask_1[:, None] & mask_v
+        b_v_0 = load_tile(v, v_stride_t, o_0[:, None], o_v[None, :], mask_v0)
+        b_v_1 = load_tile(v, v_stride_t, o_1[:, None], o_v[None, :], mask_v1)
+        b_do_0 = load_tile(do, do_stride_t, o_0[:, None], o_v[None, :], mask_v0)
+        b_do_1 = load_tile(do, do_stride_t, o_1[:, None], o_v[None, :], mask_v1)
+        b_ds_0 = tl.dot(b_do_0, tl.trans(b_v_0), b_ds_0, input_precision=PRECISION)
+        b_ds_1 = tl.dot(b_do_1, tl.trans(b_v_1), b_ds_1, input_precision=PRECISION)
+        b_ds_10 = tl.dot(b_do_1, tl.trans(b_v_0), b_ds_10, input_precision=PRECISION)
+    b_ds_0, b_ds_1 = mirrored(b_ds_0, o_0) * scale, mirrored(b_ds_1, o_0) * scale
+    b_ds_10 *= scale
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
-    b_document, b_continues, b_last, _ = chunk_documents(doc_ids, start, T, C, PACKED)
+        before, last = open_documents(doc_ids, start, T, C)
+        b_document_0 = documents(doc_ids, start, T, TILE)
+        b_document_1 = documents(doc_ids, start + TILE, T, TILE)
+        b_ds_0 = tl.where(b_document_0[:, None] == b_document_0[None, :], b_ds_0, 0.0)
+        b_ds_1 = tl.where(b_document_1[:, None] == b_document_1[None, :], b_ds_1, 0.0)
+        b_ds_10 = tl.where(b_document_1[:, None] == b_document_0[None, :], b_ds_10, 0.0)
+    b_self_0 = tl.sum(tl.where(o_0[:, None] == o_0[None, :], b_ds_0, 0.0), axis=0)
+    b_self_1 = tl.sum(tl.where(o_0[:, None] == o_0[None, :], b_ds_1, 0.0), axis=0)
+    b_ds_10 = b_ds_10.to(dtype)
+    b_ds_01 = tl.trans(b_ds_10)
 
-    # The scores' gradient, mirrored at the diagonal.
-    b_ds = tl.zeros([C, C], dtype=tl.float32)
-    b_ds_transposed = tl.zeros([C, C], dtype=tl.float32)
-    for first_v in tl.range(0, V, BV, num_stages=1):
-        o_v = first_v + tl.arange(0, BV)
-        mask = mask_c[:, None] & (o_v < V)[None, :]
-        b_v = tl.load(v + o_c[:, None] * v_stride_t + o_v[None, :], mask=mask, other=0.0)
-        b_do = tl.load(do + o_c[:, None] * do_stride_t + o_v[None, :], mask=mask, other=0.0)
-        b_ds = tl.dot(b_do, tl.trans(b_v), b_ds, input_precision=PRECISION)
-        b_ds_transposed = tl.dot(b_v, tl.trans(b_do), b_ds_transposed, input_precision=PRECISION)
-    b_ds = tl.where(o_c[:, None] >= o_c[None, :], b_ds, b_ds_transposed) * scale
-    if PACKED:
-        b_ds = tl.where(b_document[:, None] == b_document[None, :], b_ds, 0.0)
-    b_self = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_ds, 0.0), axis=0)
-
-    # Everything else is transposed, [K, C]: what one product returns enters the next as it is.
-    o_pair = o_c[:, None] * C + o_c[None, :]
-    o_transposed = o_c[None, :] * C + o_c[:, None]
-    for first_k in tl.range(0, K, BK, num_stages=1):
+    # Everything else is transposed, [K, TILE]: what one product returns enters the next as it is.
+    o_pair = o_0[:, None] * TILE + o_0[None, :]
+    o_transposed = o_0[None, :] * TILE + o_0[:, None]
+    b_spans = load_spans(spans, o_transposed, LEVELS + 2, TILE)
+    b_gradient_spans = load_spans(gradient_spans, o_pair, LEVELS + 2, TILE)
+    b_all = tl.full([TILE, TILE], 1.0, dtype=spans.dtype.element_ty)
+    for first_k in range(0, K, BK):
         o_k = first_k + tl.arange(0, BK)
-        mask_k = o_k < K
-        mask = mask_k[:, None] & mask_c[None, :]
-        p_out = o_out + o_k[:, None] + o_c[None, :] * (H * K)
-        b_g = tl.load(g + o_k[:, None] + o_c[None, :] * g_stride_t, mask=mask, other=0.0)
-        b_q = tl.load(q + o_k[:, None] + o_c[None, :] * q_stride_t, mask=mask, other=0.0)
-        b_k = tl.load(k + o_k[:, None] + o_c[None, :] * k_stride_t, mask=mask, other=0.0)
-        b_dq = tl.load(dq + p_out, mask=mask, other=0.0).to(tl.float32)
-        b_dk = tl.load(dk + p_out, mask=mask, other=0.0).to(tl.float32)
+        mask_k = (o_k < K)[:, None]
+        mask_k0, mask_k1 = mask_k & mask_0[None, :], mask_k & mask_1[None, :]
+        b_g_0 = load_tile(g, g_stride_t, o_0[None, :], o_k[:, None], mask_k0)
+        b_g_1 = load_tile(g, g_stride_t, o_1[None, :], o_k[:, None], mask_k1)
+        b_q_0 = load_tile(q, q_stride_t, o_0[None, :], o_k[:, None], mask_k0)
+        b_q_1 = load_tile(q, q_stride_t, o_1[None, :], o_k[:, None], mask_k1)
+        if FREE_KEYS:
+            b_k_0, b_k_1 = free_part(b_g_0, dtype), free_part(b_g_1, dtype)
+        else:
+            b_k_0 = load_tile(k, k_stride_t, o_0[None, :], o_k[:, None], mask_k0)
+            b_k_1 = load_tile(k, k_stride_t, o_1[None, :], o_k[:, None], mask_k1)
+        b_dq_0 = load_tile(outer_dq, H * K, o_0[None, :], o_k[:, None], mask_k0)
+        b_dq_1 = load_tile(outer_dq, H * K, o_1[None, :], o_k[:, None], mask_k1)
+        b_dk_0 = load_tile(dk, H * K, o_0[None, :], o_k[:, None], mask_k0)
+        b_dk_1 = load_tile(dk, H * K, o_1[None, :], o_k[:, None], mask_k1)
+        b_summands_0 = summands(b_g_0, PRECISION == "ieee")
+        b_summands_1 = summands(b_g_1, PRECISION == "ieee")
+        b_before, b_after = b_spans[LEVELS], b_spans[LEVELS + 1]
+        b_before_0 = tl.dot(b_summands_0, b_before, input_precision="ieee")
+        b_before_1 = tl.dot(b_summands_1, b_before, input_precision="ieee")
+        b_after_0 = tl.dot(b_summands_0, b_after, input_precision="ieee")
+        b_after_1 = tl.dot(b_summands_1, b_after, input_precision="ieee")
+        b_through_0 = tl.dot(b_summands_0, b_all, b_before_1, input_precision="ieee")
+        b_through_1 = tl.dot(b_summands_1, b_all, b_after_0, input_precision="ieee")
+        b_dq_0 = b_dq_0 * tl.exp2(b_before_0)
+        b_dq_1 = b_dq_1 * tl.exp2(b_through_0)
+        b_dk_0 = b_dk_0 * tl.exp2(b_through_1)
+        b_dk_1 = b_dk_1 * tl.exp2(b_after_1)
         if PACKED:
-            b_dq = tl.where(b_continues[None, :], b_dq, 0.0)
-            b_dk = tl.where(b_last[None, :], b_dk, 0.0)
-        b_summands = summands(b_g, PRECISION == "ieee")
-        b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
-        b_before = tl.load(spans + LEVELS * C * C + o_transposed)
-        b_after = tl.load(spans + (LEVELS + 1) * C * C + o_transposed)
-        b_dq *= tl.exp2(tl.dot(b_summands, b_before, input_precision="ieee"))
-        b_dk *= tl.exp2(tl.dot(b_summands, b_after, input_precision="ieee"))
-        b_before = tl.load(gradient_spans + LEVELS * C * C + o_pair)
-        b_after = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
-        b_dg = tl.dot((b_q * b_dq).to(b_before.dtype), b_before, input_precision="ieee")
-        b_dg = tl.dot((b_k * b_dk).to(b_after.dtype), b_after, b_dg, input_precision="ieee")
-        for level in tl.range(0, LEVELS, num_stages=1):
-            b_span = tl.load(spans + level * C * C + o_transposed)
-            b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
-            later = is_later(o_c, level)[None, :]
-            b_decay = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
-            b_later, b_earlier = tl.where(later, b_decay, 0.0), tl.where(later, 0.0, b_decay)
-            b_side = b_q * b_later + b_k * b_earlier
-            b_level = tl.where(level_pairs(o_c, level), b_ds, 0.0).to(v.dtype.element_ty)
-            b_gradient = tl.dot(b_side.to(b_level.dtype), b_level, input_precision=PRECISION)
-            b_change = (b_side * b_gradient).to(b_gradient_span.dtype)
-            b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
-            b_dq += b_gradient * b_later
-            b_dk += b_gradient * b_earlier
-        b_dg += tl.load(carries + o_k, mask=mask_k, other=0.0)[:, None]
-        b_dq += b_self[None, :] * b_k
-        b_dk += b_self[None, :] * b_q
-        tl.store(dg + p_out, b_dg.to(dg.dtype.element_ty), mask=mask)
-        tl.store(dq + p_out, b_dq.to(dq.dtype.element_ty), mask=mask)
-        tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+            b_dq_0 = tl.where((b_document_0 == before)[None, :], b_dq_0, 0.0)
+            b_dq_1 = tl.where((b_document_1 == before)[None, :], b_dq_1, 0.0)
+            b_dk_0 = tl.where((b_document_0 == last)[None, :], b_dk_0, 0.0)
+            b_dk_1 = tl.where((b_document_1 == last)[None, :], b_dk_1, 0.0)
+        b_q_0, b_q_1 = b_q_0.to(tl.float32), b_q_1.to(tl.float32)
+        b_k_0, b_k_1 = b_k_0.to(tl.float32), b_k_1.to(tl.float32)
+        b_decay_0, b_decay_1 = tl.exp2(b_after_0), tl.exp2(b_before_1)
+        b_near_k, b_near_q = (b_k_0 * b_decay_0).to(dtype), (b_q_1 * b_decay_1).to(dtype)
+        b_dq_1 += b_decay_1 * tl.dot(b_near_k, b_ds_01, input_precision=PRECISION)
+        b_dk_0 += b_decay_0 * tl.dot(b_near_q, b_ds_10, input_precision=PRECISION)
+
+        b_before, b_after = b_gradient_spans[LEVELS], b_gradient_spans[LEVELS + 1]
+        b_dg_0 = tl.zeros([BK, TILE], dtype=tl.float32)
+        b_dg_0 = sum_spans(b_q_0 * b_dq_0, b_before, b_dg_0, SPLIT)
+        b_dg_0 = sum_spans(b_k_0 * b_dk_0, b_after, b_dg_0, SPLIT)
+        b_dg_1 = tl.zeros([BK, TILE], dtype=tl.float32)
+        b_dg_1 = sum_spans(b_q_1 * b_dq_1, b_before, b_dg_1, SPLIT)
+        b_dg_1 = sum_spans(b_k_1 * b_dk_1, b_after, b_dg_1, SPLIT)
+        b_dq_0, b_dk_0, b_dg_0 = tile_gradient(
+            b_q_0, b_k_0, b_dq_0, b_dk_0, b_ds_0, b_summands_0, b_dg_0, b_spans,
+            b_gradient_spans, o_0, LEVELS, SPLIT, PRECISION, dtype,
+        )  # fmt: skip
+        b_dq_1, b_dk_1, b_dg_1 = tile_gradient(
+            b_q_1, b_k_1, b_dq_1, b_dk_1, b_ds_1, b_summands_1, b_dg_1, b_spans,
+            b_gradient_spans, o_0, LEVELS, SPLIT, PRECISION, dtype,
+        )  # fmt: skip
+        p_carries = carries + chunk * 2 * K + o_k
+        b_dg_0 += tl.load(p_carries, mask=o_k < K, other=0.0)[:, None]
+        b_dg_1 += tl.load(p_carries + K, mask=o_k < K, other=0.0)[:, None]
+        b_self_q0, b_self_k0 = b_self_0[None, :] * b_q_0, b_self_0[None, :] * b_k_0
+        b_self_q1, b_self_k1 = b_self_1[None, :] * b_q_1, b_self_1[None, :] * b_k_1
+        if BONUS:
+            b_du = tl.sum(b_self_q0 * b_k_0 + b_self_q1 * b_k_1, axis=1)
+            tl.store(bonus_gradient + chunk * K + o_k, b_du, mask=o_k < K)
+            b_bonus = tl.load(bonus + head * K + o_k, mask=o_k < K, other=0.0)[:, None]
+            b_self_q0, b_self_k0 = b_self_q0 * b_bonus, b_self_k0 * b_bonus
+            b_self_q1, b_self_k1 = b_self_q1 * b_bonus, b_self_k1 * b_bonus
+        b_dq_0, b_dk_0 = b_dq_0 + b_self_k0, b_dk_0 + b_self_q0
+        b_dq_1, b_dk_1 = b_dq_1 + b_self_k1, b_dk_1 + b_self_q1
+        p_0 = o_0[None, :] * (H * K) + o_k[:, None]
+        p_1 = o_1[None, :] * (H * K) + o_k[:, None]
+        if FREE_KEYS:
+            b_dg_0 -= b_dk_0 * tl.exp2(b_g_0.to(tl.float32) * LOG2_E)
+            b_dg_1 -= b_dk_1 * tl.exp2(b_g_1.to(tl.float32) * LOG2_E)
+        else:
+            tl.store(dk + p_0, b_dk_0.to(dtype), mask=mask_k0)
+            tl.store(dk + p_1, b_dk_1.to(dtype), mask=mask_k1)
+        tl.store(dq + p_0, b_dq_0.to(dtype), mask=mask_k0)
+        tl.store(dq + p_1, b_dq_1.to(dtype), mask=mask_k1)
+        tl.store(dg + p_0, b_dg_0.to(dg.dtype.element_ty), mask=mask_k0)
+        tl.store(dg + p_1, b_dg_1.to(dg.dtype.element_ty), mask=mask_k1)

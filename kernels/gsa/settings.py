@@ -9,7 +9,10 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch
 
-CHECKED: set[tuple[torch.dtype, int, int, int]] = set()
+CHECKED = {
+    *((torch.bfloat16, 64, size, size) for size in (64, 128)),
+    *((dtype, 64, 128, 128) for dtype in (torch.float16, torch.float32)),
+}
 """(dtype, M, K, V) at which the kernels passed `python -m tests.kernels.gpu.check_gsa` on a GPU
 (compute capability 9.0); the reference serves others."""
 

@@ -42,9 +42,9 @@ def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
     """By a rule that keeps each program's state near 32 KiB of registers."""
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        pairs = Launch(32 if wide <= 256 else 16, 4, 1)
+        pairs = Launch(32 if wide <= 256 else 16, 4, 2)
         walk = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
-        pairs = Launch(32, 1, 1)
+        pairs = Launch(32, 1, 2)
         walk = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
     return Settings(16, pairs, walk, walk, walk, walk, walk, walk, pairs)

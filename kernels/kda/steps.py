@@ -54,7 +54,7 @@ def prepare(
         length, heads, scale, *strides(q), *strides(k), *strides(g), *beta.stride(),
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size,
         BK=min(padded(key_size, q.element_size()), launch.block), PACKED=doc_ids is not None,
-        PRECISION=precision(q), **launch.options(),
+        STAGES=launch.stages, PRECISION=precision(q), **launch.options(),
     )  # fmt: skip
     return q_in, k_in, k_out, through, scores, inverse
 
@@ -212,8 +212,8 @@ def key_gradient(
         block = min(padded(key_size, itemsize), launch.block)
         kernel[(triton.cdiv(key_size, block), entering.shape[1], batch * heads)](
             *prepared, *given, through, *arguments, *sizes,
-            BK=block, BV=padded(value_size, itemsize), PARTS=1 if itemsize == 4 else 2,
-            STAGES=launch.stages, **common, **launch.options(),
+            BK=block, BV=padded(value_size, itemsize), STAGES=launch.stages, **common,
+            **launch.options(),
         )  # fmt: skip
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
     dbeta = floats(q, batch, length, heads)
@@ -225,7 +225,8 @@ def key_gradient(
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
         BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None,
-        PARTS=2 if q.dtype == torch.float16 else 1, **common, **launch.options(),
+        PARTS=2 if q.dtype == torch.float16 else 1, STAGES=launch.stages, **common,
+        **launch.options(),
     )  # fmt: skip
     return dq, dk, dg, dbeta
 

@@ -79,7 +79,7 @@ def prepare_kernel(
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
     C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q̂, -K̂ and k̄, zero where a document keeps the token from the chunk's start or its end; the
     decay over the chunk, zero where a document starts in it; A and Y.
@@ -104,7 +104,7 @@ def prepare_kernel(
     o_pair = o_c[:, None] * C + o_c[None, :]
 
     b_score, b_keys = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=2):
+    for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
         mask_k = o_k < K
         mask = mask_c[:, None] & mask_k[None, :]
@@ -294,10 +294,11 @@ def query_walk_kernel(
     q_in, k_in, k_out, do, dv, residual, through, entering, dq_in, dk_in, chunk_sums,
     T, H, segment, do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q̂, S do, and of -K̂, S dv; and what both give the decay from the chunk's
-    start, summed over the chunk [B, H, N, K].
+    start, summed over the chunk [B, H, N, K]: <S, what they add to the state's gradient>, of the S
+    and the sum in fp32, so that nothing is left of it where `key_walk_kernel` subtracts it.
 
     Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
     do, dv and r once a block, q̂, -K̂ and k̄ once.
@@ -332,10 +333,12 @@ def query_walk_kernel(
         b_written = tl.trans(load_tile(k_out, start, T, K, o_k, K, C))
         o_chunk = (start // C).to(tl.int64) * K + o_k
         b_through = tl.load(through + o_chunk, mask=o_k < K, other=0.0)
-        b_dq, b_dk = tl.zeros([BK, C], dtype=tl.float32), tl.zeros([BK, C], dtype=tl.float32)
-        b_dq = product_in_parts(b_state, tl.trans(b_do), b_dq, PARTS, PRECISION)
-        b_dk = product_in_parts(b_state, tl.trans(b_dv), b_dk, PARTS, PRECISION)
-        tl.store(chunk_sums + o_chunk, tl.sum(b_q * b_dq + b_held * b_dk, axis=1), mask=o_k < K)
+        b_factor = b_state.to(b_do.dtype)
+        b_dq = tl.dot(b_factor, tl.trans(b_do), input_precision=PRECISION)
+        b_dk = tl.dot(b_factor, tl.trans(b_dv), input_precision=PRECISION)
+        b_added = tl.dot(b_q, b_do, input_precision=PRECISION)
+        b_added = tl.dot(b_held, b_dv, b_added, input_precision=PRECISION)
+        tl.store(chunk_sums + o_chunk, tl.sum(b_state * b_added, axis=1), mask=o_k < K)
         o_out = o_chunk[:, None] * C + o_c[None, :]
         mask = (o_k < K)[:, None] & (o_c < C)[None, :]
         tl.store(dq_in + o_out, b_dq.to(dq_in.dtype.element_ty), mask=mask)
@@ -350,7 +353,7 @@ def key_walk_kernel(
     dk_out, across,
     T, H, segment, do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of k̄, dS' r; and `across` [B, H, N, K], what pairs with one token before a chunk
     and one after it give the decays in it: <state, its gradient> at the chunk's end, less what the
@@ -396,9 +399,9 @@ def key_walk_kernel(
         o_chunk = (start // C).to(tl.int64) * K + o_k
         b_through = tl.load(through + o_chunk, mask=o_k < K, other=0.0)
         b_sums = tl.load(chunk_sums + o_chunk, mask=o_k < K, other=0.0)
-        b_dk = tl.zeros([BK, C], dtype=tl.float32)
-        b_dk = product_in_parts(b_gradient, tl.trans(b_r), b_dk, PARTS, PRECISION)
-        b_rest = b_carry - tl.sum(b_written * b_dk, axis=1)
+        b_dk = tl.dot(b_gradient.to(b_do.dtype), tl.trans(b_r), input_precision=PRECISION)
+        b_added = tl.dot(b_written, b_r, input_precision=PRECISION)
+        b_rest = b_carry - tl.sum(b_gradient * b_added, axis=1)
         b_across = tl.where(b_through > negligible(PRECISION == "ieee"), b_rest, 0.0)
         tl.store(across + o_chunk, b_across, mask=o_k < K)
         b_carry = b_across + b_sums
@@ -419,7 +422,8 @@ def pair_gradient_kernel(
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PACKED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, PACKED: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dg and dbeta of a chunk: what the walks gave them (`dq_in`, `dk_in`, `dk_out`,
     `across`), and the pairs inside.
@@ -451,7 +455,7 @@ def pair_gradient_kernel(
 
     b_query_pairs = tl.zeros([C, C], dtype=tl.float32)
     b_key_pairs = tl.zeros([C, C], dtype=tl.float32)
-    for first_v in tl.range(0, V, BV, num_stages=1):
+    for first_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = first_v + tl.arange(0, BV)
         b_r = tl.trans(load_tile(residual, start, T, H * V, o_v, V, C))
         b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
@@ -473,7 +477,7 @@ def pair_gradient_kernel(
     o_pair = o_c[:, None] * C + o_c[None, :]
     o_transposed = o_c[None, :] * C + o_c[:, None]
     b_dbeta = tl.zeros([C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=2):
+    for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
         mask_k = o_k < K
         b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C)).to(tl.float32)

@@ -29,13 +29,15 @@ class SegmentedSelectiveScan(torch.autograd.Function):
     """Summarize the segments, join them, walk them; the backward mirrors it.
 
     A scan over ranks sees one stretch: the slice, folded. The states that the walk keeps for the
-    backward are those before every 16th token. Of Δ's argument, where it is projected here, the
-    backward makes a second one.
+    backward are those before every 16th token. With the projections around the scan, what lies
+    between it and them is not kept: of Δ's argument the backward makes a second one, y it gets from
+    the walk back.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x, dt, A, B, C, dt_weight, dt_bias, D, z, initial_state, doc_ids, scan, keep,
+        ctx: Any, x, dt, A, B, C, dt_weight, dt_bias, D, z, weight, initial_state, doc_ids, scan,
+        keep,
     ):  # fmt: skip
         rate = A.float() * LOG2_E
         B_rows, C_rows = B.float().contiguous(), C.float().contiguous()
@@ -56,20 +58,24 @@ class SegmentedSelectiveScan(torch.autograd.Function):
             x, steps, rate, B_rows, C_rows, bias, skip, z, doc_ids, entries, keep
         )
         ctx.save_for_backward(
-            x, dt, rate, B_rows, C_rows, dt_weight, bias, skip, z, doc_ids, log_decay, checkpoints
-        )
+            x, dt, rate, B_rows, C_rows, dt_weight, bias, skip, z, weight, doc_ids, log_decay,
+            checkpoints,
+        )  # fmt: skip
         ctx.scan = scan
         ctx.dtypes = [None if p is None else p.dtype for p in (A, B, C, dt_bias, D)]
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
-        return y, final
+        return y if weight is None else F.linear(y, weight), final
 
     @staticmethod
-    def backward(ctx: Any, dy, final_gradient):
+    def backward(ctx: Any, dout, final_gradient):
         (
-            x, dt, rate, B, C, dt_weight, bias, skip, z, doc_ids, log_decay, checkpoints
+            x, dt, rate, B, C, dt_weight, bias, skip, z, weight, doc_ids, log_decay, checkpoints
         ) = ctx.saved_tensors  # fmt: skip
-        dy = torch.zeros_like(x) if dy is None else rows_contiguous(dy)
+        if dout is None:
+            dy = torch.zeros_like(x)
+        else:
+            dy = rows_contiguous(dout if weight is None else dout @ weight)
         if final_gradient is not None:
             final_gradient = final_gradient.contiguous()
         steps = dt if dt_weight is None else project_again(dt, dt_weight)
@@ -87,19 +93,22 @@ class SegmentedSelectiveScan(torch.autograd.Function):
             from_others, initial_gradient = reverse.wait()
             leaving, _ = fold(log_decay, rate, state, from_others[:, 0].contiguous(), True)
         del state
-        dx, ddt, *parameters, dz = backward(
-            x, steps, rate, B, C, bias, skip, z, dy, doc_ids, checkpoints, leaving
-        )
+        dx, ddt, *parameters, dz, y = backward(
+            x, steps, rate, B, C, bias, skip, z, dy, doc_ids, checkpoints, leaving,
+            weight is not None,
+        )  # fmt: skip
         dA, dB, dC, dbias, dskip = (
             None if dtype is None else gradient.to(dtype)
             for gradient, dtype in zip(parameters, ctx.dtypes, strict=True)
         )
-        ddt_weight = None
+        dweight = ddt_weight = None
+        if weight is not None and dout is not None:
+            dweight = dout.flatten(0, 1).t() @ y.flatten(0, 1)
         if dt_weight is not None:
             ddt_weight = ddt.flatten(0, 1).t() @ dt.flatten(0, 1)
             ddt = ddt @ dt_weight
         return (
-            dx, ddt, dA, dB, dC, ddt_weight, dbias, dskip, None if z is None else dz,
+            dx, ddt, dA, dB, dC, ddt_weight, dbias, dskip, None if z is None else dz, dweight,
             initial_gradient if ctx.has_initial else None, None, None, None,
         )  # fmt: skip
 
@@ -127,22 +136,24 @@ def segmented_selective_scan(
     dt_bias: Tensor | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    weight: Tensor | None = None,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
     scan: Scan = LOCAL,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan`, with dt_weight `projected_selective_scan`, by the Triton kernels; the
+    """`selective_scan`, or with both weights `projected_selective_scan`, by the Triton kernels; the
     arguments are checked."""
     if initial_state is not None:
         initial_state = initial_state.float().contiguous()
     keep = torch.is_grad_enabled() and any(
         y is not None and y.requires_grad
-        for y in (x, dt, A, B, C, dt_weight, dt_bias, D, z, initial_state)
+        for y in (x, dt, A, B, C, dt_weight, dt_bias, D, z, weight, initial_state)
     )
     return SegmentedSelectiveScan.apply(
         rows_contiguous(x), rows_contiguous(dt), A, B, C,
         None if dt_weight is None else dt_weight.to(dt.dtype), dt_bias, D,
-        None if z is None else rows_contiguous(z), initial_state,
+        None if z is None else rows_contiguous(z),
+        None if weight is None else weight.to(x.dtype), initial_state,
         None if doc_ids is None else doc_ids.contiguous(), scan, keep,
     )  # fmt: skip
 
@@ -213,19 +224,21 @@ def projected_selective_scan(
     dt_bias: Tensor,
     D: Tensor,
     z: Tensor,
+    weight: Tensor,
     initial_state: Tensor | None = None,
     doc_ids: Tensor | None = None,
     scan: Scan = LOCAL,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` with Δ's argument dt_t W_dtᵀ + dt_bias, of which only dt is kept for the
-    backward.
+    """`selective_scan` between the projections of its layer, o_t = y_t Wᵀ with Δ's argument
+    dt_t W_dtᵀ + dt_bias: neither y nor that argument is kept for the backward.
 
     Args:
         x, A, B, C, D, z, initial_state, doc_ids, scan: as selective_scan's.
         dt: [B, T, R] in x's dtype.      dt_weight: [D, R].      dt_bias: [D].
+        weight: [E, D], the output's.
 
     Returns:
-        y, final_state as selective_scan's.
+        o [B, T, E] in x's dtype, final_state [B, D, N] fp32.
 
     Raises:
         ValueError: as selective_scan.
@@ -236,17 +249,18 @@ def projected_selective_scan(
     batch, length, channels = x.shape
     check(op, "dt_weight", dt_weight, (channels, dt_weight.shape[1]), x)
     check(op, "dt", dt, (batch, length, dt_weight.shape[1]), x)
+    check(op, "weight", weight, (weight.shape[0], channels), x)
     _check(op, x, A, B, C, dt_bias, D, z, initial_state, doc_ids)
     if _has_kernels(x, dt, A.shape[1]):
         return segmented_selective_scan(
-            x, dt, A, B, C, dt_weight=dt_weight, dt_bias=dt_bias, D=D, z=z,
+            x, dt, A, B, C, dt_weight=dt_weight, dt_bias=dt_bias, D=D, z=z, weight=weight,
             initial_state=initial_state, doc_ids=doc_ids, scan=scan,
         )  # fmt: skip
     y, final_state = selective_scan_chunked(
         x, F.linear(dt, dt_weight), A, B, C, dt_bias=dt_bias, D=D, z=z,
         initial_state=initial_state, doc_ids=doc_ids, scan=scan,
     )  # fmt: skip
-    return y.to(x.dtype), final_state
+    return F.linear(y.to(x.dtype), weight), final_state
 
 
 def _check(

@@ -30,9 +30,9 @@ LOG2_E = 1.4426950408889634
 SEGMENT = 256
 """Tokens of a segment: short, so that one sequence fills the GPU; the states of all segments take
 an eighth of x in bf16."""
-TILE: tl.constexpr = tl.constexpr(8)
-"""Tokens of a tile; `rows`, `row_pairs` and `tile` are written for eight."""
-CHECKPOINT = 2 * TILE.value
+TILE = 8
+"""Tokens of a tile."""
+CHECKPOINT = 16
 """Tokens between the states that the forward keeps for the backward."""
 WARPS = 1
 PASS_NONE: tl.constexpr = tl.constexpr(-RESET)
@@ -59,41 +59,58 @@ def store(p, value, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def rows(b_tile, M: tl.constexpr):
-    """The eight columns of [M, 8], each [M]."""
-    even, odd = tl.split(tl.reshape(b_tile, [M, 4, 2]))
-    b_04, b_26 = tl.split(tl.reshape(even, [M, 2, 2]))
-    b_15, b_37 = tl.split(tl.reshape(odd, [M, 2, 2]))
-    b_0, b_4 = tl.split(b_04)
-    b_2, b_6 = tl.split(b_26)
-    b_1, b_5 = tl.split(b_15)
-    b_3, b_7 = tl.split(b_37)
-    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
+def rows(b_tile, M: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr):
+    """The columns of [M, H], each [M]."""
+    b_rows = (b_tile,)
+    for level in tl.static_range(LOG_H):
+        b_even, b_odd = (), ()
+        for i in tl.static_range(1 << level):
+            b_pair = tl.split(tl.reshape(b_rows[i], [M, H >> (level + 1), 2]))
+            b_even += (b_pair[0],)
+            b_odd += (b_pair[1],)
+        b_rows = b_even + b_odd
+    b_flat = ()
+    for i in tl.static_range(H):
+        b_flat += (tl.reshape(b_rows[i], [M]),)
+    return b_flat
 
 
 @triton.jit
-def row_pairs(b_first, b_second, M: tl.constexpr):
-    """`rows` of two tiles at once: eight pairs."""
-    b_both = tl.trans(tl.join(b_first, b_second), 0, 2, 1)
-    even, odd = tl.split(tl.reshape(b_both, [M, 2, 4, 2]))
-    b_04, b_26 = tl.split(tl.reshape(even, [M, 2, 2, 2]))
-    b_15, b_37 = tl.split(tl.reshape(odd, [M, 2, 2, 2]))
-    b_0, b_4 = tl.split(b_04)
-    b_2, b_6 = tl.split(b_26)
-    b_1, b_5 = tl.split(b_15)
-    b_3, b_7 = tl.split(b_37)
-    return (
-        tl.split(b_0), tl.split(b_1), tl.split(b_2), tl.split(b_3),
-        tl.split(b_4), tl.split(b_5), tl.split(b_6), tl.split(b_7),
-    )  # fmt: skip
+def row_pairs(b_first, b_second, M: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr):
+    """`rows` of two tiles by one exchange: H pairs. In fp32: each number of the tiles is converted
+    once, before."""
+    b_both = tl.reshape(tl.trans(tl.join(b_first, b_second), 0, 2, 1), [2 * M, H])
+    b_rows = rows(b_both, 2 * M, H, LOG_H)
+    b_pairs = ()
+    for i in tl.static_range(H):
+        b_pairs += (tl.split(tl.reshape(b_rows[i], [M, 2])),)
+    return b_pairs
 
 
 @triton.jit
-def tile(b_rows, M: tl.constexpr):
-    """The reverse of `rows`."""
-    even = tl.join(tl.join(b_rows[0], b_rows[4]), tl.join(b_rows[2], b_rows[6]))
-    odd = tl.join(tl.join(b_rows[1], b_rows[5]), tl.join(b_rows[3], b_rows[7]))
-    return tl.reshape(tl.join(even, odd), [M, 8])
+def add_lanes(
+    b_parts, M: tl.constexpr, G: tl.constexpr, LOG_G: tl.constexpr, H: tl.constexpr,
+    LOG_H: tl.constexpr,
+):  # fmt: skip
+    """[M, H] from H parts [M, G]: their sums over G, which lies across lanes. One exchange through
+    shared memory and additions, in place of shuffles for every part."""
+    b_joined = b_parts
+    for level in tl.static_range(LOG_H):
+        b_pairs = ()
+        for i in tl.static_range(H >> (level + 1)):
+            b_pairs += (tl.join(b_joined[i], b_joined[i + (H >> (level + 1))]),)
+        b_joined = b_pairs
+    b_sum = tl.trans(tl.reshape(b_joined[0], [M, G, H]), 0, 2, 1)
+    for level in tl.static_range(LOG_G):
+        b_half, b_other = tl.split(tl.reshape(b_sum, [M, H, G >> (level + 1), 2]))
+        b_sum = b_half + b_other
+    return tl.reshape(b_sum, [M, H])
+
+
+@triton.jit
+def add_numbers(b_x, BD: tl.constexpr, BN: tl.constexpr):
+    """[BD, BN / 4]: the sums over a thread's own four state numbers."""
+    return tl.sum(tl.reshape(b_x, [BD, BN // 4, 4]), axis=2)
 
 
 @triton.jit
@@ -132,13 +149,12 @@ def time_steps(b_raw, b_bias, mask, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def passing(b_dt, doc_ids, start, T, PACKED: tl.constexpr, EVEN: tl.constexpr):
+def passing(b_dt, doc_ids, o_t, first, length, PACKED: tl.constexpr, EVEN: tl.constexpr):
     """Δ as the decay takes it: so large where a document starts that nothing passes."""
     if PACKED:
-        o_t = start + tl.arange(0, TILE)
-        b_document = load(doc_ids + o_t, o_t < T, EVEN)
-        b_before = tl.load(doc_ids + o_t - 1, mask=(o_t > 0) & (o_t <= T), other=0)
-        starts = (b_document != b_before) & (o_t < T)
+        b_document = load(doc_ids + o_t, o_t < length, EVEN)
+        b_before = tl.load(doc_ids + o_t - 1, mask=(first + o_t > 0) & (o_t <= length), other=0)
+        starts = (b_document != b_before) & (o_t < length)
         b_dt = tl.where(starts[None, :], PASS_NONE, b_dt)
     return b_dt
 
@@ -156,8 +172,8 @@ def summarize_kernel(
     x, dt, rate, B, bias, doc_ids, state, log_decay,
     T, segment, x_stride_b, dt_stride_b,
     D: tl.constexpr, N: tl.constexpr, x_stride_t: tl.constexpr, dt_stride_t: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    EVEN: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, H: tl.constexpr, LOG_H: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The state that a segment's tokens leave at its end, and the sum of its Δ.
 
@@ -165,30 +181,36 @@ def summarize_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    o_h = tl.arange(0, TILE)
+    o_h = tl.arange(0, H)
     mask_d, mask_n = o_d < D, o_n < N
     o_dn, mask_dn = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
-    x += i_b * x_stride_b + o_h[None, :] * x_stride_t + o_d[:, None]
-    dt += i_b * dt_stride_b + o_h[None, :] * dt_stride_t + o_d[:, None]
-    B += i_b * T * N + o_n
-    doc_ids += i_b * T
+    first = i_s.to(tl.int64) * segment
+    length = tl.minimum(segment, T - first).to(tl.int32)
+    x += i_b * x_stride_b + first * x_stride_t + o_h[None, :] * x_stride_t + o_d[:, None]
+    dt += i_b * dt_stride_b + first * dt_stride_t + o_h[None, :] * dt_stride_t + o_d[:, None]
+    B += (i_b * T + first) * N + o_n
+    doc_ids += i_b * T + first
     b_rate = load(rate + o_dn, mask_dn, EVEN)
     b_bias = load_bias(bias, o_d, mask_d, SOFTPLUS, EVEN)
     b_h = tl.zeros([BD, BN], dtype=tl.float32)
-    b_passed = tl.zeros([BD, TILE], dtype=tl.float32)
-    first = i_s.to(tl.int64) * segment
-    for start in range(first, tl.minimum(first + segment, T), TILE):
-        mask = mask_d[:, None] & (start + o_h < T)[None, :]
-        b_x = load(x + start * x_stride_t, mask, EVEN).to(tl.float32)
-        b_raw = load(dt + start * dt_stride_t, mask, EVEN)
+    b_passed = tl.zeros([BD, H], dtype=tl.float32)
+    mask = mask_d[:, None] & (o_h < length)[None, :]
+    b_x, b_raw = load(x, mask, EVEN), load(dt, mask, EVEN)
+    for start in range(0, length, H):
+        ahead = tl.minimum(start + H, (length - 1) // H * H)
+        mask = mask_d[:, None] & (ahead + o_h < length)[None, :]
+        b_next_x = load(x + ahead * x_stride_t, mask, EVEN)
+        b_next_raw = load(dt + ahead * dt_stride_t, mask, EVEN)
+        mask = mask_d[:, None] & (start + o_h < length)[None, :]
         b_dt = time_steps(b_raw, b_bias, mask, SOFTPLUS, EVEN)
-        b_pass = passing(b_dt, doc_ids, start, T, PACKED, EVEN)
+        b_pass = passing(b_dt, doc_ids, start + o_h, first, length, PACKED, EVEN)
         b_passed += b_pass
-        b_steps = row_pairs(b_pass, b_dt * b_x, BD)
-        for i in tl.static_range(TILE):
-            b_B = load(B + (start + i) * N, mask_n & (start + i < T), EVEN)
+        b_steps = row_pairs(b_pass, b_dt * b_x.to(tl.float32), BD, H, LOG_H)
+        for i in tl.static_range(H):
+            b_B = load(B + (start + i) * N, mask_n & (start + i < length), EVEN)
             b_a = tl.exp2(b_steps[i][0][:, None] * b_rate)
             b_h = b_a * b_h + b_steps[i][1][:, None] * b_B[None, :]
+        b_x, b_raw = b_next_x, b_next_raw
     b_total = tl.minimum(tl.sum(b_passed, axis=1), PASS_NONE)
     stretch = i_b * tl.num_programs(1) + i_s
     store(state + stretch * D * N + o_dn, b_h, mask_dn, EVEN)
@@ -233,7 +255,8 @@ def output_kernel(
     x, dt, rate, B, C, bias, skip, z, doc_ids, entries, y, checkpoints,
     T, segment, x_stride_b, dt_stride_b, z_stride_b,
     D: tl.constexpr, N: tl.constexpr, x_stride_t: tl.constexpr, dt_stride_t: tl.constexpr,
-    z_stride_t: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, L: tl.constexpr,
+    z_stride_t: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, LOG_G: tl.constexpr,
+    H: tl.constexpr, LOG_H: tl.constexpr, L: tl.constexpr,
     SOFTPLUS: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -243,46 +266,59 @@ def output_kernel(
     """
     i_s, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_d, o_n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN)
-    o_h = tl.arange(0, TILE)
+    o_h = tl.arange(0, H)
     mask_d, mask_n = o_d < D, o_n < N
     o_dn, mask_dn = o_d[:, None] * N + o_n[None, :], mask_d[:, None] & mask_n[None, :]
-    x += i_b * x_stride_b + o_h[None, :] * x_stride_t + o_d[:, None]
-    dt += i_b * dt_stride_b + o_h[None, :] * dt_stride_t + o_d[:, None]
-    z += i_b * z_stride_b + o_h[None, :] * z_stride_t + o_d[:, None]
-    y += i_b * T * D + o_h[None, :] * D + o_d[:, None]
-    B += i_b * T * N + o_n
-    C += i_b * T * N + o_n
-    doc_ids += i_b * T
-    checkpoints += i_b * tl.cdiv(T, L) * D * BN + checkpoint_offsets(o_d, o_n, D)
+    first = i_s.to(tl.int64) * segment
+    length = tl.minimum(segment, T - first).to(tl.int32)
+    x += i_b * x_stride_b + first * x_stride_t + o_h[None, :] * x_stride_t + o_d[:, None]
+    dt += i_b * dt_stride_b + first * dt_stride_t + o_h[None, :] * dt_stride_t + o_d[:, None]
+    z += i_b * z_stride_b + first * z_stride_t + o_h[None, :] * z_stride_t + o_d[:, None]
+    y += (i_b * T + first) * D + o_h[None, :] * D + o_d[:, None]
+    B += (i_b * T + first) * N + o_n
+    C += (i_b * T + first) * N + o_n
+    doc_ids += i_b * T + first
+    checkpoints += (i_b * tl.cdiv(T, L) + first // L) * D * BN + checkpoint_offsets(o_d, o_n, D)
     b_rate = load(rate + o_dn, mask_dn, EVEN)
     b_bias = load_bias(bias, o_d, mask_d, SOFTPLUS, EVEN)
     b_skip = load(skip + o_d, mask_d, EVEN)
     stretch = i_b * tl.num_programs(1) + i_s
     b_h = load(entries + stretch * D * N + o_dn, mask_dn, EVEN)
-    first = i_s.to(tl.int64) * segment
-    for start in range(first, tl.minimum(first + segment, T), TILE):
-        mask = mask_d[:, None] & (start + o_h < T)[None, :]
-        b_x = load(x + start * x_stride_t, mask, EVEN).to(tl.float32)
-        b_raw = load(dt + start * dt_stride_t, mask, EVEN)
+    mask = mask_d[:, None] & (o_h < length)[None, :]
+    b_x, b_raw = load(x, mask, EVEN), load(dt, mask, EVEN)
+    b_z = b_x
+    if GATED:
+        b_z = load(z, mask, EVEN)
+    for start in range(0, length, H):
+        ahead = tl.minimum(start + H, (length - 1) // H * H)
+        mask = mask_d[:, None] & (ahead + o_h < length)[None, :]
+        b_next_x = load(x + ahead * x_stride_t, mask, EVEN)
+        b_next_raw = load(dt + ahead * dt_stride_t, mask, EVEN)
+        b_next_z = b_next_x
+        if GATED:
+            b_next_z = load(z + ahead * z_stride_t, mask, EVEN)
+        mask = mask_d[:, None] & (start + o_h < length)[None, :]
+        b_input = b_x.to(tl.float32)
         b_dt = time_steps(b_raw, b_bias, mask, SOFTPLUS, EVEN)
-        b_pass = passing(b_dt, doc_ids, start, T, PACKED, EVEN)
-        b_steps = row_pairs(b_pass, b_dt * b_x, BD)
+        b_pass = passing(b_dt, doc_ids, start + o_h, first, length, PACKED, EVEN)
+        b_steps = row_pairs(b_pass, b_dt * b_input, BD, H, LOG_H)
         if SAVE:
             if start % L == 0:
                 store(checkpoints + (start // L) * D * BN, b_h, mask_dn, EVEN)
-        b_outputs = ()
-        for i in tl.static_range(TILE):
-            mask_i = mask_n & (start + i < T)
+        b_ys = ()
+        for i in tl.static_range(H):
+            mask_i = mask_n & (start + i < length)
             b_B = load(B + (start + i) * N, mask_i, EVEN)
             b_C = load(C + (start + i) * N, mask_i, EVEN)
             b_a = tl.exp2(b_steps[i][0][:, None] * b_rate)
             b_h = b_a * b_h + b_steps[i][1][:, None] * b_B[None, :]
-            b_outputs += (tl.sum(b_h * b_C[None, :], axis=1),)
-        b_y = tile(b_outputs, BD) + b_skip[:, None] * b_x
+            b_ys += (add_numbers(b_h * b_C[None, :], BD, BN),)
+        b_y = add_lanes(b_ys, BD, BN // 4, LOG_G, H, LOG_H) + b_skip[:, None] * b_input
         if GATED:
-            b_z = load(z + start * z_stride_t, mask, EVEN).to(tl.float32)
-            b_y *= b_z * tl.sigmoid(b_z)
+            b_gate = b_z.to(tl.float32)
+            b_y *= b_gate * tl.sigmoid(b_gate)
         store(y + start * D, b_y, mask, EVEN)
+        b_x, b_raw, b_z = b_next_x, b_next_raw, b_next_z
 
 
 def segments(length: int) -> int:
@@ -292,6 +328,11 @@ def segments(length: int) -> int:
 def padded(size: int) -> int:
     """N as blocks take it."""
     return max(4, triton.next_power_of_2(size))
+
+
+def log2(number: int) -> int:
+    """Of a power of two."""
+    return number.bit_length() - 1
 
 
 def block_size(size: int) -> int:
@@ -326,7 +367,7 @@ def summarize(
         state, log_decay,
         length, SEGMENT, x.stride(0), dt.stride(0),
         D=channels, N=size, x_stride_t=x.stride(1), dt_stride_t=dt.stride(1),
-        BD=block_size(size), BN=padded(size),
+        BD=block_size(size), BN=padded(size), H=TILE, LOG_H=log2(TILE),
         SOFTPLUS=bias is not None, PACKED=doc_ids is not None, EVEN=even(x, size),
         num_warps=WARPS,
     )  # fmt: skip
@@ -377,7 +418,8 @@ def output(
         rate if doc_ids is None else doc_ids, entries, y, checkpoints,
         length, SEGMENT, x.stride(0), dt.stride(0), gate.stride(0),
         D=channels, N=size, x_stride_t=x.stride(1), dt_stride_t=dt.stride(1),
-        z_stride_t=gate.stride(1), BD=block_size(size), BN=padded(size), L=CHECKPOINT,
+        z_stride_t=gate.stride(1), BD=block_size(size), BN=padded(size),
+        LOG_G=log2(padded(size) // 4), H=TILE, LOG_H=log2(TILE), L=CHECKPOINT,
         SOFTPLUS=bias is not None, GATED=z is not None, PACKED=doc_ids is not None, SAVE=save,
         EVEN=even(x, size), num_warps=WARPS,
     )  # fmt: skip

@@ -9,7 +9,11 @@ from torch import Tensor
 from fla_dist.kernels.common.documents import document_starts, pad_doc_ids
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla import gla
+from fla_dist.kernels.gla.op import is_served, segmented_gla
 from fla_dist.kernels.state import LOCAL, Scan
+
+CHECKED = {(torch.bfloat16, size, size) for size in (64, 128)}
+"""(dtype, K, V) at which GLA's kernels were checked on a GPU with a bonus."""
 
 
 def rwkv6(
@@ -28,8 +32,7 @@ def rwkv6(
 
         S_t = diag(exp g_t) S_{t-1} + k_tᵀ v_t        o_t = r_t (S_{t-1} + diag(u) k_tᵀ v_t)
 
-    With the keys, values and decays one token late and one token more, GLA's state at token t is
-    S_{t-1}, and its final state is S_T. Its kernels serve where GLA's do.
+    GLA's kernels serve it, with the bonus where that was checked, and elsewhere one token late.
 
     Args:
         r, k: [B, T, H, K], bf16 | fp16 | fp32 | fp64.      v: [B, T, H, V].
@@ -48,6 +51,12 @@ def rwkv6(
     check_attention("rwkv6", r, k, v, initial_state, doc_ids)
     check("rwkv6", "g", g, tuple(r.shape), r)
     check("rwkv6", "u", u, tuple(r.shape[2:]), r)
+    if is_served(r, v, CHECKED):
+        return segmented_gla(
+            r, k, v, g, u, scale=1.0, initial_state=initial_state, doc_ids=doc_ids, scan=scan
+        )
+    # With keys, values and decays one token late and one token more, GLA's state at token t is
+    # S_{t-1}, and its final state is S_T.
     late_k, late_v, late_g = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (k, v, g))
     late_doc_ids = None
     if doc_ids is not None:

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import floats, padded, precision, step
+from fla_dist.kernels.common.levels import spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.rwkv7.settings import Settings, settings
 from fla_dist.kernels.rwkv7.triton_kernels import (
@@ -36,16 +37,9 @@ def segments(r: Tensor, v: Tensor) -> int:
 
 @lru_cache
 def _spans(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[levels + 3, C, C] of zeros and ones: row t marks the tokens u whose decays lie between t and
-    its border of the level, t left out; and of the last three, those before t, those after it, and
-    t itself."""
-    place = torch.arange(chunk, device=device)
-    t, u = place[:, None], place[None, :]
-    spans = []
-    for level in range(chunk.bit_length() - 1):
-        later = (t >> level) % 2 == 1
-        spans.append((t >> level == u >> level) & torch.where(later, u < t, u > t))
-    return torch.stack([*spans, u < t, u > t, u == t]).to(dtype)
+    """[levels + 3, C, C]: spans that leave t out, and last each token's own."""
+    own = torch.eye(chunk, dtype=dtype, device=device)
+    return torch.cat([spans(chunk, dtype, device, exclusive=True), own[None]])
 
 
 def _span_types(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -219,9 +213,9 @@ def key_gradient(
             REVERSE=reverse, STAGES=launch.stages, PRECISION=precision(r), **launch.options(),
         )  # fmt: skip
     chunk, launch = chosen.chunk, chosen.pair_gradient
-    spans, gradient_spans = (_spans(chunk, dtype, r.device) for dtype in _span_types(r.dtype))
+    summed, gradient_spans = (_spans(chunk, dtype, r.device) for dtype in _span_types(r.dtype))
     pair_gradient_kernel[(through.shape[2], batch * heads)](
-        r, k, a, b, g, v, do, u, du, doc_ids, spans, gradient_spans, pairs, across,
+        r, k, a, b, g, v, do, u, du, doc_ids, summed, gradient_spans, pairs, across,
         dr, dk, da, db, dg,
         length, heads, scale,
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size, V=value_size,

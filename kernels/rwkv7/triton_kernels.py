@@ -44,7 +44,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_dist.kernels.common.levels import chunk_documents, is_later, level_pairs, summands
+from fla_dist.kernels.common.levels import (
+    chunk_documents,
+    is_later,
+    level_pairs,
+    load_spans,
+    summands,
+)
 from fla_dist.kernels.common.segments import LOG2_E, negligible
 from fla_dist.kernels.gated_delta_rule.triton_kernels import load_tile
 
@@ -62,15 +68,6 @@ def load_pairs(pairs, KIND: tl.constexpr, rows, start, T, C: tl.constexpr):
     p_pair = pairs + (KIND * rows.to(tl.int64) * T + start) * C
     p_pair += o_c[:, None] * C + o_c[None, :]
     return tl.load(p_pair, mask=(o_c < T - start)[:, None], other=0.0)
-
-
-@triton.jit
-def load_spans(spans, o_pair, COUNT: tl.constexpr, C: tl.constexpr):
-    """The first COUNT of the [C, C] spans, so that a loop that takes them need not load them."""
-    b_spans = ()
-    for i in tl.static_range(COUNT):
-        b_spans = b_spans + (tl.load(spans + i * C * C + o_pair),)  # type: ignore[assignment]
-    return b_spans
 
 
 @triton.jit(do_not_specialize=["T"])

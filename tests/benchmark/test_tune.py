@@ -21,12 +21,12 @@ def test_candidates_are_fields_of_the_settings(name):
 
 def test_the_search_settles_one_field_after_the_other():
     start = gla.settings(90, 128, 128, 2)
-    wanted = {"value_walk": Launch(64, 4, 2), "prepare": Launch(16, 1, 1)}
+    wanted = {"output": Launch(64, 4, 2), "prepare": Launch(16, 1, 3)}
     tried = []
 
     def milliseconds(settings):
         tried.append(settings)
-        if settings.key_walk.block == 32:
+        if settings.key_gradient.block == 32:
             return float("inf")
         return 5.0 - sum(getattr(settings, field) == value for field, value in wanted.items())
 

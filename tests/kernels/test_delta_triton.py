@@ -101,8 +101,9 @@ def test_larger_chunks_and_grouped_heads(monkeypatch):
 @interpreted
 def test_one_segment_with_and_without_a_scan(monkeypatch):
     choose(monkeypatch, 16, programs=1)
+    monkeypatch.setattr(steps, "CROSSING_CHUNKS", 2)
     case = make_delta_case(
-        (2, 17, 1, 16, 16), "normal", "hard", packed=True, dtype=torch.float32, device="cpu"
+        (1, 70, 1, 16, 16), "normal", "hard", packed=True, dtype=torch.float32, device="cpu"
     )
     for options in ({}, {"scan": LocalScan()}):
         found = found_errors(case, **options)

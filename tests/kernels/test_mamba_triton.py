@@ -18,7 +18,7 @@ from tests.packing import doc_ids_of, positions_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GATE = ("dt_bias", "D", "z")
-OPTIONAL = (*GATE, "initial_state", "dt_weight")
+OPTIONAL = (*GATE, "initial_state", "dt_weight", "weight")
 
 
 def make(
@@ -124,16 +124,19 @@ def test_kernels(
     assert all(error < 1e-5 for error in found.values()), found
 
 
-def projected(function, x, dt, A, B, C, *, dt_weight, **others):
-    return function(x, F.linear(dt, dt_weight), A, B, C, **others)
+def projected(function, x, dt, A, B, C, *, dt_weight, weight, **others):
+    """A scan between the projections of its layer."""
+    y, state = function(x, F.linear(dt, dt_weight), A, B, C, **others)
+    return F.linear(y, weight), state
 
 
 def projected_errors(inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, float]:
-    """As `errors`, with time steps of rank 3."""
+    """As `errors`, with time steps of rank 3 and an output of width 7."""
     x, channels = inputs["x"], inputs["x"].shape[2]
     inputs["dt"] = inputs["dt"][..., :3]
     generator = torch.Generator().manual_seed(2)
-    inputs["dt_weight"] = torch.randn(channels, 3, generator=generator).to(x)
+    for name, shape in (("dt_weight", (channels, 3)), ("weight", (7, channels))):
+        inputs[name] = torch.randn(shape, generator=generator).to(x)
     got = results(segmented_selective_scan, inputs, ids)
     wide = {name: x.double() for name, x in inputs.items()}
     exact = results(partial(projected, selective_scan_recurrent), wide, ids)
@@ -141,7 +144,7 @@ def projected_errors(inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str,
 
 
 @interpreted
-def test_projected_time_steps(monkeypatch) -> None:
+def test_between_projections(monkeypatch) -> None:
     from fla_dist.kernels.mamba import triton_forward
 
     monkeypatch.setattr(triton_forward, "SEGMENT", 16)
@@ -195,7 +198,7 @@ def test_fp32_time_steps_beside_bf16() -> None:
 @on_gpu
 @pytest.mark.parametrize("length", [700, 1024])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_projected_time_steps_on_the_gpu(dtype, length) -> None:
+def test_between_projections_on_the_gpu(dtype, length) -> None:
     inputs = on_the_gpu(make(2, length, 96, 16, 0.1), dtype)
     found = projected_errors(inputs, doc_ids(length).cuda())
     assert all(error < TOLERANCE[dtype] for error in found.values()), found

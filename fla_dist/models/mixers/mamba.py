@@ -46,13 +46,14 @@ class Mamba(Mixer):
         x, z = self.input(x).chunk(2, dim=-1)
         x = self.convolution(x, stream)
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
-        y, state = projected_selective_scan(
+        o, state = projected_selective_scan(
             x, time_step, -self.A_log.exp(), B, C,
             dt_weight=self.time_step_weight, dt_bias=self.time_step_bias, D=self.D, z=z,
-            initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
+            weight=self.output.weight, initial_state=stream.initial_state("state"),
+            doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)
-        return self.output(y)
+        return o
 
     def flops_per_token(self, sequence_length: int) -> float:
         # A state number: its decay, the decay's exp and product, the input's product and sum, the
