@@ -22,9 +22,11 @@ from fla_dist.kernels.hgrn.op import SegmentedHGRN
 from fla_dist.kernels.kda.op import segmented_kda
 from fla_dist.kernels.mamba.op import segmented_selective_scan
 from fla_dist.kernels.rwkv7.op import segmented_rwkv7
+from fla_dist.kernels.short_convolution.op import triton_short_convolution
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA
 from fla_dist.kernels.simple_gla.settings import TUNED as SIMPLE_GLA_TUNED
 from fla_dist.kernels.state import LOCAL
+from fla_dist.kernels.swiglu.op import triton_swiglu_linear
 
 _ARCHITECTURES = (80, 90)
 _TOKENS, _HEADS, _CHANNELS, _SLOTS = 2048, 16, 256, 64
@@ -127,11 +129,35 @@ def _mamba(dtype: torch.dtype, packed: bool) -> Callable[[], None]:
     def launches() -> None:
         x, dt, z = (_empty(1, _TOKENS, _CHANNELS, dtype=dtype) for _ in range(3))
         B, C = (_empty(1, _TOKENS, 16, dtype=dtype) for _ in range(2))
-        output = segmented_selective_scan(
-            x, dt, _empty(_CHANNELS, 16), B, C,
-            dt_bias=_empty(_CHANNELS), D=_empty(_CHANNELS), z=z, doc_ids=_documents(packed),
-        )  # fmt: skip
-        _train(*output)
+        rank = _empty(1, _TOKENS, 16, dtype=dtype)
+        out, dt_out = _empty(16, _CHANNELS, dtype=dtype), _empty(_CHANNELS, 16, dtype=dtype)
+        for steps, weights in ((dt, {}), (rank, {"weight": out, "dt_weight": dt_out})):
+            output = segmented_selective_scan(
+                x, steps, _empty(_CHANNELS, 16), B, C, dt_bias=_empty(_CHANNELS),
+                D=_empty(_CHANNELS), z=z, doc_ids=_documents(packed), **weights,
+            )  # fmt: skip
+            _train(*output)
+
+    return launches
+
+
+def _short_convolution(dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+    def launches() -> None:
+        x, left = (_empty(1, length, _CHANNELS, dtype=dtype) for length in (_TOKENS, 3))
+        positions = torch.arange(_TOKENS, dtype=torch.int32)[None]
+        y = triton_short_convolution(x, _empty(_CHANNELS, 4), None, left, positions, True)
+        torch.autograd.backward(y, torch.empty_like(y))
+
+    return launches
+
+
+def _swiglu(dtype: torch.dtype, packed: bool) -> Callable[[], None]:
+    def launches() -> None:
+        width = 2 * _CHANNELS
+        y = triton_swiglu_linear(
+            _empty(1, _TOKENS, width, dtype=dtype), _empty(8, _CHANNELS, dtype=dtype)
+        )
+        torch.autograd.backward(y, torch.empty_like(y))
 
     return launches
 
@@ -199,10 +225,13 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
                 for packed in packings:
                     label = f"{name} K={size[0]} V={size[1]} {_shown(dtype, packed)}"
                     yield label, make(size, dtype, packed, thorough)
-    for name, make_scan in (("hgrn", _hgrn), ("mamba", _mamba)):
+    for name, make_layer in (
+        ("hgrn", _hgrn), ("mamba", _mamba), ("short_convolution", _short_convolution),
+        ("swiglu", _swiglu),
+    ):  # fmt: skip
         for dtype in halves:
             for packed in packings:
-                yield f"{name} {_shown(dtype, packed)}", make_scan(dtype, packed)
+                yield f"{name} {_shown(dtype, packed)}", make_layer(dtype, packed)
 
 
 def _shown(dtype: torch.dtype, packed: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import capability
 from fla_dist.kernels.common.precision import without_autocast
 
 QUERY_BLOCK, KEY_BLOCK = 512, 4096
@@ -27,6 +28,7 @@ class Stretch:
             slice's first token.
         start: the stretch's first token.
         count: its tokens.
+        hidden: whether a query does not see keys of it because of its document; told on a GPU.
         segments: [N + 1] int32 each, ends of the queries' and the keys' documents in rows of T and
             of `count` tokens laid end to end, for flash attention; on a GPU.
     """
@@ -34,6 +36,7 @@ class Stretch:
     first: Tensor
     start: int
     count: int
+    hidden: bool = True
     segments: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -44,7 +47,7 @@ class Stretch:
 
 def stretch(positions: Tensor, start: int, count: int) -> Stretch:
     """The `count` keys from token `start`, counted from the slice's first token; on a GPU it waits
-    for `positions` where they are its own.
+    for `positions`.
 
     Args:
         positions: [B, T] integer, each token's position in its document.
@@ -54,7 +57,8 @@ def stretch(positions: Tensor, start: int, count: int) -> Stretch:
     first = torch.arange(length, device=positions.device) - positions
     if not positions.is_cuda:
         return Stretch(first, start, count)
-    return Stretch(first, start, count, document_segments(positions, start, count))
+    hidden = bool((first > start).any())
+    return Stretch(first, start, count, hidden, document_segments(positions, start, count))
 
 
 def document_segments(positions: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +93,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, to: Stretch) -> tuple[Tensor, Tensor
         o [B, T, H, K], 0 where a query sees no key, in q's dtype or in that of the scores'
         log-sum-exp [B, T, H], which is fp32 or fp64; it is -inf there.
     """
+    if _by_cudnn(q, to):
+        outputs = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *_turned(q, k, v), None, True, 0.0, to.own
+        )
+        return outputs[0].transpose(1, 2), outputs[1].view(outputs[1].shape[:3]).transpose(1, 2)
     if _by_flash(q, to):
         outputs = torch.ops.aten._flash_attention_forward(
             *_rows(q, k, v), *_lengths(q, to), 0.0, to.own, False
@@ -113,6 +122,13 @@ def attend_backward(
     Args:
         o, lse: over all keys that a query sees, in this stretch or not.
     """
+    if _by_cudnn(q, to):
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's random numbers
+        gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *_turned(do, q, k, v, o), lse.transpose(1, 2).contiguous().unsqueeze(-1),
+            nothing, nothing, None, None, None, q.shape[1], to.count, 0.0, to.own,
+        )  # fmt: skip
+        return tuple(x.transpose(1, 2) for x in gradients)
     if _by_flash(q, to):
         nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)
         gradients = torch.ops.aten._flash_attention_backward(
@@ -147,6 +163,17 @@ def join(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Te
 def _by_flash(q: Tensor, to: Stretch) -> bool:
     half = q.dtype in (torch.bfloat16, torch.float16)
     return to.segments is not None and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _by_cudnn(q: Tensor, to: Stretch) -> bool:
+    """On Hopper it is nearly twice as fast as flash attention, but knows no documents."""
+    fits = q.shape[-1] <= 128 and min(q.shape[1], to.count) > 1
+    return _by_flash(q, to) and not to.hidden and fits and capability(q) == 90
+
+
+def _turned(*tensors: Tensor) -> list[Tensor]:
+    """[B, H, T, K] from [B, T, H, K]."""
+    return [x.transpose(1, 2) for x in tensors]
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

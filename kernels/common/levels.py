@@ -19,9 +19,7 @@ from fla_dist.kernels.common.segments import LOG2_E
 
 
 @lru_cache
-def spans(
-    chunk: int, dtype: torch.dtype, device: torch.device, exclusive: bool = False
-) -> Tensor:
+def spans(chunk: int, dtype: torch.dtype, device: torch.device, exclusive: bool = False) -> Tensor:
     """[levels + 2, C, C] of zeros and ones: row t marks the tokens u whose decays lie between t and
     its border of the level; and of the last two, between the chunk's start and t, and t and its
     end. Exclusive: a token that reads the state is before its own decay."""

@@ -9,9 +9,7 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED = {
-    (torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256))
-}
+CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256))}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
 SHORTEST = 512

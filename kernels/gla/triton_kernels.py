@@ -66,19 +66,6 @@ def free_part(b_g, dtype: tl.constexpr):
 
 
 @triton.jit
-def documents(doc_ids, start, T, C: tl.constexpr):
-    """doc_ids of C tokens; those beyond T are of the last document."""
-    return tl.load(doc_ids + tl.minimum(start + tl.arange(0, C), T - 1))
-
-
-@triton.jit
-def open_documents(doc_ids, start, T, C: tl.constexpr):
-    """The document open at a chunk's start, and at its end."""
-    before = tl.load(doc_ids + start - 1, mask=start > 0, other=0)
-    return before, tl.load(doc_ids + tl.minimum(start + C, T) - 1)
-
-
-@triton.jit
 def load_tile(x, stride_t, o_row, o_column, mask):
     return tl.load(x + o_row * stride_t + o_column, mask=mask, other=0.0)
 

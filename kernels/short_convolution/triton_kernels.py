@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS, STEP, SEGMENT, WARPS = 256, 8, 256, 4
-"""Channels of a program, tokens of a step, tokens of a segment of the backward."""
+CHANNELS, STEP, BACKWARD_STEP, SEGMENT, WARPS = 256, 8, 4, 256, 4
+"""Channels of a program, tokens of a step, tokens of a segment of the backward. (A longer step of
+the backward takes 10 s to compile.)"""
 
 
 @triton.jit
@@ -30,9 +31,7 @@ def where(mask_d, inside):
 
 
 @triton.jit
-def load_row(
-    x, left, t, T, o_d, mask_d, x_stride_t, W: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr
-):
+def load_row(x, left, t, T, o_d, mask_d, x_stride_t, D, W: tl.constexpr, INNER: tl.constexpr):
     """Token t of left and x one after the other, t from 1 - W; zeros beyond. INNER: t is in x."""
     if INNER:
         b_x = tl.load(x + t * x_stride_t + o_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -104,12 +103,12 @@ def sum_at(b_rows, b_taps, b_bias, position, i: tl.constexpr, W: tl.constexpr, I
 
 @triton.jit
 def forward_step(
-    x, left, positions, y, b_taps, b_bias, start, T, o_d, mask_d, x_stride_t,
-    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr,
+    x, left, positions, y, b_taps, b_bias, start, T, o_d, mask_d, x_stride_t, D,
+    W: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     b_rows = ()
     for i in tl.static_range(U + W - 1):
-        b_rows += (load_row(x, left, start + i - (W - 1), T, o_d, mask_d, x_stride_t, W, D, INNER),)
+        b_rows += (load_row(x, left, start + i - (W - 1), T, o_d, mask_d, x_stride_t, D, W, INNER),)
     for i in tl.static_range(U):
         t = start + i
         b_y = sum_at(b_rows, b_taps, b_bias, load_position(positions, t, T, INNER), i, W, INNER)
@@ -121,8 +120,8 @@ def forward_step(
 @triton.jit
 def short_convolution_kernel(
     x, weight, bias, left, positions, y,
-    T, x_stride_b, x_stride_t,
-    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+    T, x_stride_b, x_stride_t, D,
+    W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
     """y of U tokens and BD channels. Grid: (blocks of D, steps, B). Reads x, writes y: 4 bytes a
@@ -169,15 +168,15 @@ def sum_gradient(
 @triton.jit
 def backward_step(
     x, left, positions, dy, dx, dleft, b_taps, b_bias, b_state, start, end, T, o_d, mask_d,
-    x_stride_t, dy_stride_t,
-    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr,
+    x_stride_t, dy_stride_t, D,
+    W: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """dx of U tokens. The state: x of the W - 1 tokens before those after the step, p of those
     after it, the sums of the taps' and the bias' gradients."""
     b_later_rows, b_later_ps, b_dtaps, b_dbias = b_state
     b_rows, b_ps = (), ()
     for i in tl.static_range(U):
-        b_rows += (load_row(x, left, start + i - (W - 1), T, o_d, mask_d, x_stride_t, W, D, INNER),)
+        b_rows += (load_row(x, left, start + i - (W - 1), T, o_d, mask_d, x_stride_t, D, W, INNER),)
     b_rows += b_later_rows
     for i in tl.static_range(U):
         b_p = sum_gradient(
@@ -216,8 +215,8 @@ def backward_step(
 @triton.jit
 def short_convolution_backward_kernel(
     x, weight, bias, left, positions, dy, dx, dleft, dweight, dbias,
-    T, segment, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t,
-    D: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+    T, segment, x_stride_b, x_stride_t, dy_stride_b, dy_stride_t, D,
+    W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
     """dx of a segment's tokens, and its part of the weight's and bias' gradients.
@@ -247,7 +246,7 @@ def short_convolution_backward_kernel(
     after = first + steps * U
     b_edge, b_later_rows, b_later_ps, b_dtaps = (), (), (), ()
     for i in tl.static_range(2 * (W - 1)):
-        b_edge += (load_row(x, left, after + i - (W - 1), T, o_d, mask_d, x_stride_t, W, D, False),)
+        b_edge += (load_row(x, left, after + i - (W - 1), T, o_d, mask_d, x_stride_t, D, W, False),)
     for i in tl.static_range(W - 1):
         b_later_rows += (b_edge[i],)
         b_later_ps += (
@@ -287,8 +286,8 @@ def convolution(
     grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(length, STEP), batch)
     short_convolution_kernel[grid](
         x, weight, weight if bias is None else bias, left, positions, y,
-        length, x.stride(0), x.stride(1),
-        D=channels, W=weight.shape[1], U=STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
+        length, x.stride(0), x.stride(1), channels,
+        W=weight.shape[1], U=STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
         num_warps=WARPS,
     )  # fmt: skip
     return y
@@ -312,8 +311,8 @@ def convolution_backward(
     dbias = x.new_empty(batch, count, channels, dtype=torch.float32)
     short_convolution_backward_kernel[(triton.cdiv(channels, CHANNELS), count, batch)](
         x, weight, weight if bias is None else bias, left, positions, dy, dx, dleft, dweight, dbias,
-        length, SEGMENT, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
-        D=channels, W=width, U=STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
+        length, SEGMENT, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), channels,
+        W=width, U=BACKWARD_STEP, BD=CHANNELS, BIAS=bias is not None, SILU=silu,
         num_warps=WARPS,
     )  # fmt: skip
     by_distance = dweight.sum(dim=(0, 1))

@@ -3,7 +3,9 @@ there is no GPU, in every dtype where there is one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -130,16 +132,19 @@ def projected(function, x, dt, A, B, C, *, dt_weight, weight, **others):
     return F.linear(y, weight), state
 
 
-def projected_errors(inputs: dict[str, Tensor], ids: Tensor | None) -> dict[str, float]:
-    """As `errors`, with time steps of rank 3 and an output of width 7."""
+def projected_errors(
+    scan: Callable[..., Any], inputs: dict[str, Tensor], ids: Tensor, wide: bool
+) -> dict[str, float]:
+    """The differences from `scan` between two `F.linear`, in fp64 where wide; with time steps of
+    rank 3 and an output of width 7."""
     x, channels = inputs["x"], inputs["x"].shape[2]
     inputs["dt"] = inputs["dt"][..., :3]
     generator = torch.Generator().manual_seed(2)
     for name, shape in (("dt_weight", (channels, 3)), ("weight", (7, channels))):
         inputs[name] = torch.randn(shape, generator=generator).to(x)
     got = results(segmented_selective_scan, inputs, ids)
-    wide = {name: x.double() for name, x in inputs.items()}
-    exact = results(partial(projected, selective_scan_recurrent), wide, ids)
+    inputs = {name: x.double() if wide else x for name, x in inputs.items()}
+    exact = {n: x.double() for n, x in results(partial(projected, scan), inputs, ids).items()}
     return {n: ((x.double() - exact[n]).norm() / exact[n].norm()).item() for n, x in got.items()}
 
 
@@ -148,7 +153,9 @@ def test_between_projections(monkeypatch) -> None:
     from fla_dist.kernels.mamba import triton_forward
 
     monkeypatch.setattr(triton_forward, "SEGMENT", 16)
-    found = projected_errors(make(2, 20, 5, 3, 0.2), doc_ids(20))
+    found = projected_errors(
+        selective_scan_recurrent, make(2, 20, 5, 3, 0.2), doc_ids(20), wide=True
+    )
     assert all(error < 1e-5 for error in found.values()), found
 
 
@@ -199,8 +206,9 @@ def test_fp32_time_steps_beside_bf16() -> None:
 @pytest.mark.parametrize("length", [700, 1024])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_between_projections_on_the_gpu(dtype, length) -> None:
-    inputs = on_the_gpu(make(2, length, 96, 16, 0.1), dtype)
-    found = projected_errors(inputs, doc_ids(length).cuda())
+    """What lies between the scan and the projections is rounded to dtype: so it is beside it."""
+    inputs, ids = on_the_gpu(make(2, length, 96, 16, 0.1), dtype), doc_ids(length).cuda()
+    found = projected_errors(segmented_selective_scan, inputs, ids, wide=False)
     assert all(error < TOLERANCE[dtype] for error in found.values()), found
 
 
