@@ -110,8 +110,8 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every token once, and only what is costly to make again: no outputs of norms and of the
-    convolution, no argument of the time steps."""
+    """Of every token once, and only what is costly to make again: no outputs of norms, of the
+    convolution and of the scan, no argument of the time steps."""
     with_kernels(monkeypatch)
     kept: list[Tensor] = []
 
@@ -144,7 +144,7 @@ def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (
         2 * 16  # the input and the mixer's output
         + 2  # scales of the norms
-        + 3 * channels  # both halves of the first projection, the scan's output
+        + 2 * channels  # both halves of the first projection
         + mixer.sizes[0] + 2 * size  # Δ's factor, B, C
         + channels * max(size, 4) / 16  # states before every 16th token
         + mlp.gate_up.weight.shape[0]
