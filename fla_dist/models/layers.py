@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fla_dist.kernels.short_convolution import short_convolution
 from fla_dist.kernels.swiglu import swiglu_linear
 from fla_dist.models.stream import Stream
+from fla_dist.parallel.halo import PendingHalo
 
 TIME_STEP_MIN, TIME_STEP_MAX = 1e-3, 0.1
 
@@ -41,7 +42,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def token_shift(x: Tensor, stream: Stream) -> Tensor:
     """Each token's predecessor in its document, zeros for the first: [B, T, D] to the same."""
-    before = torch.cat([stream.before("token", x, 1), x[:, :-1]], dim=1)
+    before = torch.cat([stream.before("token", x, 1).wait(), x[:, :-1]], dim=1)
     return before.masked_fill((stream.positions == 0)[..., None], 0)
 
 
@@ -80,11 +81,14 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        left = stream.before("convolution", x, self.weight.shape[1] - 1)
+    def before(self, x: Tensor, stream: Stream) -> PendingHalo:
+        """What it sees before x, on its way."""
+        return stream.before("convolution", x, self.weight.shape[1] - 1)
+
+    def forward(self, x: Tensor, before: PendingHalo, stream: Stream) -> Tensor:
         return checkpoint(
             short_convolution, x, self.weight, self.bias,
-            left_context=left, positions=stream.positions, activation="silu",
+            left_context=before.wait(), positions=stream.positions, activation="silu",
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fla_dist.kernels.attention import AttentionMask, attention, attention_mask
 from fla_dist.kernels.state import Scan
 from fla_dist.parallel.exchange import Exchange, LocalExchange
+from fla_dist.parallel.halo import Arrived, PendingHalo
 
 Made = TypeVar("Made")
 
@@ -53,11 +54,14 @@ class Stream:
             self._shared[key] = make()
         return self._shared[key]
 
-    def attention_mask(self, window: int | None, context: int) -> AttentionMask:
-        """What the tokens see of themselves and of `context` tokens before them."""
+    def attention_mask(
+        self, window: int | None, context: int, start: int = 0, stop: int | None = None
+    ) -> AttentionMask:
+        """What the tokens from `start` to `stop` see of themselves and of `context` tokens before
+        them."""
         return self.once(
-            ("attention mask", window, context),
-            lambda: attention_mask(self.positions, context=context, window=window),
+            ("attention mask", window, context, start, stop),
+            lambda: attention_mask(self.positions[:, start:stop], context=context, window=window),
         )
 
     @property
@@ -69,8 +73,9 @@ class Stream:
         """How many of the `width` tokens before the slice there are."""
         return min(width, self.exchange.tokens_before(self.positions.shape[1]))
 
-    def before(self, name: str, x: Tensor, width: int) -> Tensor:
-        """The `width` tokens before x [B, T, ...], zeros where there were none.
+    def before(self, name: str, x: Tensor, width: int) -> PendingHalo:
+        """The `width` tokens before x [B, T, ...], zeros where there were none; on their way while
+        what needs none of them is computed. Every rank must use what they give.
 
         `name` tells the contexts of one mixer apart.
         """
@@ -108,13 +113,13 @@ class CachedStream(Stream):
     def context(self, width: int) -> int:
         return width
 
-    def before(self, name: str, x: Tensor, width: int) -> Tensor:
+    def before(self, name: str, x: Tensor, width: int) -> Arrived:
         past = self._cache.get(name)
         if past is None:
-            past = self.exchange.before(x, width)
+            past = self.exchange.before(x, width).wait()
         whole = torch.cat([past, x], dim=1)
         self._cache[name] = whole[:, whole.shape[1] - width :]
-        return past
+        return Arrived(past)
 
     def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = torch.stack([k, v], dim=2)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fla_dist.kernels.state import Pending, Scan, Transition
 from fla_dist.parallel.attention import GATHERED_BYTES, Masks, choose
+from fla_dist.parallel.halo import Arrived
 from fla_dist.parallel.mesh import Mesh
 
 
@@ -85,12 +86,12 @@ class CountingExchange:
         self._mesh, self._links, self._element_size = mesh, links, element_size
         self._link = links.hosts if mesh.spans_hosts else links.host
 
-    def before(self, x: Tensor, width: int) -> Tensor:
+    def before(self, x: Tensor, width: int) -> Arrived:
         halo = x.new_empty(x.shape[0], width, *x.shape[2:])
         there = (self._mesh.sequence_parallel_size - 1) * x.shape[1]
         size = halo[:, :there].numel() * self._element_size
         self._add("halos", 2 * size, 2 * self._link.seconds(size))
-        return halo
+        return Arrived(halo)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         parts: list[float]

@@ -18,7 +18,7 @@ from fla_dist.parallel.attention import (
     attention_way,
     full_attention,
 )
-from fla_dist.parallel.halo import left_halo
+from fla_dist.parallel.halo import Arrived, LeftHalo, PendingHalo
 from fla_dist.parallel.mesh import Mesh
 from fla_dist.parallel.slices import Slices
 from fla_dist.parallel.state_scan import StateScan
@@ -33,8 +33,9 @@ class Exchange(Protocol):
 
     scan: Scan
 
-    def before(self, x: Tensor, width: int) -> Tensor:
-        """The `width` tokens before x [B, T, ...], zeros where the sequence had not started."""
+    def before(self, x: Tensor, width: int) -> PendingHalo:
+        """Sets out for the `width` tokens before x [B, T, ...], zeros where the sequence had not
+        started; what needs none is computed before they are waited for."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         """Full causal softmax attention of q [B, T, H, K] to the whole sequence's k and v
@@ -55,8 +56,8 @@ class LocalExchange:
 
     scan: Scan = LOCAL
 
-    def before(self, x: Tensor, width: int) -> Tensor:
-        return x.new_zeros(x.shape[0], width, *x.shape[2:])
+    def before(self, x: Tensor, width: int) -> Arrived:
+        return Arrived(x.new_zeros(x.shape[0], width, *x.shape[2:]))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         return attention(q, k, v, masks.attention_mask(None, 0))
@@ -79,8 +80,8 @@ class MeshExchange:
         self.scan: Scan = StateScan(slices)
 
     @torch.compiler.disable
-    def before(self, x: Tensor, width: int) -> Tensor:
-        return left_halo(x, width, self.slices)
+    def before(self, x: Tensor, width: int) -> LeftHalo:
+        return LeftHalo(x, width, self.slices)
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -123,12 +124,12 @@ class ReplayedExchange:
         finally:
             self._replay = None
 
-    def before(self, x: Tensor, width: int) -> Tensor:
+    def before(self, x: Tensor, width: int) -> PendingHalo:
         if self._replay is not None:
             return next(self._replay)
-        result = self._exchange.before(x, width)
-        self._received.append(result.detach())
-        return result
+        recorded = RecordedHalo(self._exchange.before(x, width))
+        self._received.append(recorded)
+        return recorded
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -167,6 +168,22 @@ class ReplayedExchange:
         recorded = RecordedScan(self._exchange.scan.start(transition, state, initial))
         self._received.append(recorded)
         return recorded
+
+
+class RecordedHalo:
+    """A halo that can be waited for again, then as values only."""
+
+    def __init__(self, pending: PendingHalo) -> None:
+        self._pending: PendingHalo | None = pending
+        self._tokens: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._tokens is not None:
+            return self._tokens
+        assert self._pending is not None
+        tokens, self._pending = self._pending.wait(), None
+        self._tokens = tokens.detach()
+        return tokens
 
 
 class RecordedScan:

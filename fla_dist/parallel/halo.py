@@ -3,37 +3,96 @@ starts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from fla_dist.parallel.collectives import Steps, exchange, send_and_receive
+from fla_dist.parallel.collectives import Steps, Transfer, send_and_receive
 from fla_dist.parallel.slices import Slices
 
 
-def left_halo(x: Tensor, width: int, slices: Slices) -> Tensor:
+class PendingHalo(Protocol):
+    """Left context that may still be on its way."""
+
+    def wait(self) -> Tensor:
+        """[B, width, ...]. Called once."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Left context that is there."""
+
+    tokens: Tensor
+
+    def wait(self) -> Tensor:
+        return self.tokens
+
+
+class LeftHalo:
     """The `width` tokens before this rank's slice, over as many ranks as they reach; zeros before
-    the sequence's start.
+    the sequence's start. What is computed between its making and `wait` overlaps with the exchange.
+
+    The backward overlaps likewise: the gradient sets out, back to the ranks that hold the tokens,
+    where the forward waited, and is waited for where the forward set out. So every rank must use
+    what `wait` gives, also where it is all zeros.
 
     Args:
         x: [B, T, ...], this rank's slice.
         width: tokens of context, also more than T.
-
-    Returns:
-        [B, width, ...]; its gradient travels back to the ranks that hold the tokens.
     """
-    return _LeftHalo.apply(x, width, slices)
+
+    def __init__(self, x: Tensor, width: int, slices: Slices) -> None:
+        self._link = _Link(slices, width, x.shape)
+        self._token = _Start.apply(self._link, x)
+
+    @torch.compiler.disable
+    def wait(self) -> Tensor:
+        return _Wait.apply(self._link, self._token)
 
 
-class _LeftHalo(torch.autograd.Function):
+class _Link:
+    """What the two ends of a halo tell each other. It holds no tensor that they made: one whose
+    grad_fn leads back here would be a cycle that is never freed."""
+
+    def __init__(self, slices: Slices, width: int, shape: torch.Size) -> None:
+        self.slices, self.width, self.shape = slices, width, shape
+        self._pending: Any = None
+
+    def start(self, steps: Steps, sent: Tensor, direction: str) -> None:
+        transfer = Transfer(steps, self.slices, f"halo, {direction}", sent.device)
+        # On a GPU another stream still reads what is sent: it is held until then.
+        self._pending = transfer, sent
+
+    def wait(self) -> Tensor:
+        (transfer, _), self._pending = self._pending, None
+        return transfer.wait()
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, width, slices):
-        ctx.width, ctx.slices, ctx.shape = width, slices, x.shape
-        return exchange(_to_the_right(x, width, slices), slices, "halo, forward")
+    def forward(ctx, link, x):
+        ctx.link = link
+        link.start(_to_the_right(x, link.width, link.slices), x, "forward")
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, ctx.link.wait()
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, link, token):
+        ctx.link = link
+        return link.wait()
 
     @staticmethod
     def backward(ctx, gradient):
-        steps = _to_the_left(gradient, ctx.shape, ctx.slices)
-        return exchange(steps, ctx.slices, "halo, backward"), None, None
+        link = ctx.link
+        link.start(_to_the_left(gradient, link.shape, link.slices), gradient, "backward")
+        return None, gradient.new_zeros(())
 
 
 def _to_the_right(x: Tensor, width: int, slices: Slices) -> Steps:

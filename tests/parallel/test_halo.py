@@ -23,7 +23,7 @@ def halos() -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         exchange = build_exchange(mesh, lengths)
         for width in WIDTHS:
             x = sequence().split(lengths, dim=1)[rank].requires_grad_()
-            halo = exchange.before(x, width)
+            halo = exchange.before(x, width).wait()
             (halo * weight(width, rank)).sum().backward()
             assert x.grad is not None
             found[name, width] = halo.detach(), x.grad

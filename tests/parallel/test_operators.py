@@ -148,7 +148,7 @@ def window_case(
     local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str, window: int
 ) -> dict[str, Tensor]:
     before = build_exchange(local).before
-    k, v = (torch.cat([before(y, window - 1), y], dim=1) for y in (x["k"], x["k2"]))
+    k, v = (torch.cat([before(y, window - 1).wait(), y], dim=1) for y in (x["k"], x["k2"]))
     mask = attention_mask(positions, context=window - 1, window=window)
     return {"output": attention(x["q"], k, v, mask)}
 
@@ -156,7 +156,7 @@ def window_case(
 def convolution_case(
     local: Mesh, positions: Tensor, x: dict[str, Tensor], form: str, width: int
 ) -> dict[str, Tensor]:
-    left = build_exchange(local).before(x["x"], width - 1)
+    left = build_exchange(local).before(x["x"], width - 1).wait()
     weight = torch.linspace(-1, 1, 3 * width, dtype=x["x"].dtype).view(3, width)
     return {
         "output": short_convolution(x["x"], weight, None, left_context=left, positions=positions)

@@ -10,7 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fla_dist.kernels.attention import attention
+from fla_dist.kernels.attention import AttentionMask, attention
+from fla_dist.kernels.attention.mask import BLOCK
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -69,20 +70,40 @@ class Attention(Mixer):
     def _in_window(
         self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window_size: int
     ) -> Tensor:
-        width = window_size - 1
-        context = stream.context(width)
-        if stream.continues:
-            kv = torch.stack([k, v], dim=2)
-            before = stream.before("kv", kv, width)[:, width - context :]
-            k, v = torch.cat([before, kv], dim=1).unbind(dim=2)
-        return attention(q, k, v, stream.attention_mask(window_size, context))
+        """While the keys before the slice are on their way, its later queries, which see none of
+        them, attend."""
+        first, *rest = self._window_masks(stream, window_size)
+        if not stream.continues:
+            return attention(q, k, v, first)
+        width, early = window_size - 1, first.first.shape[1]
+        kv = torch.stack([k, v], dim=2)
+        before = stream.before("kv", kv, width)
+        k, v = kv.unbind(dim=2)
+        later = [attention(q[:, early:], k, v, mask) for mask in rest]
+        seen = before.wait()[:, width - first.context :]
+        k, v = torch.cat([seen, kv[:, :early]], dim=1).unbind(dim=2)
+        return torch.cat([attention(q[:, :early], k, v, first), *later], dim=1)
 
     def prepare(self, stream: Stream) -> None:
         self._rotation(stream)
         if self.window_size is None:
             stream.exchange.prepare_attention(self.num_heads, self.num_kv_heads, stream)
         else:
-            stream.attention_mask(self.window_size, stream.context(self.window_size - 1))
+            self._window_masks(stream, self.window_size)
+
+    def _window_masks(self, stream: Stream, window_size: int) -> list[AttentionMask]:
+        """Of the queries whose window may reach what is before the slice, and of those after
+        them, if they fill a block; where nothing can be before, of all at once."""
+        if not stream.continues:
+            return [stream.attention_mask(window_size, 0)]
+        length, width = stream.positions.shape[1], window_size - 1
+        early = (width // BLOCK + 1) * BLOCK
+        if early + BLOCK > length:
+            early = length
+        masks = [stream.attention_mask(window_size, stream.context(width), 0, early)]
+        if early < length:
+            masks.append(stream.attention_mask(window_size, early, early, length))
+        return masks
 
     def _rotation(self, stream: Stream) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.qkv.weight.dtype, torch.float32)

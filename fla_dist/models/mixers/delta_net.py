@@ -53,9 +53,10 @@ class DeltaNet(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         qkv, beta = self.input(x).split(self.widths, dim=-1)
-        qkv = self.convolution(qkv, stream)
-        q, k, v = rearrange(qkv, "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
+        before = self.convolution.before(qkv, stream)
         beta = self.beta_max * beta.to(self.norm.weight.dtype).sigmoid()
+        qkv = self.convolution(qkv, before, stream)
+        q, k, v = rearrange(qkv, "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
         o, state = delta_rule(
             l2_norm(q), l2_norm(k), v, beta,
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,

@@ -55,16 +55,18 @@ class GatedDeltaNet(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         qkv, output_gate, beta, time_step = self.input(x).split(self.widths, dim=-1)
-        qkv = self.convolution(qkv, stream)
+        before = self.convolution.before(qkv, stream)
+        dtype = self.A_log.dtype
+        g = -self.A_log.exp() * F.softplus(time_step.to(dtype) + self.time_step_bias)
+        beta = self.beta_max * beta.to(dtype).sigmoid()
+        qkv = self.convolution(qkv, before, stream)
         q, k, v = qkv.split(self.qkv_widths, dim=-1)
         q, k = (l2_norm(rearrange(y, "b t (h k) -> b t h k", k=self.head_size)) for y in (q, k))
         v, output_gate = (
             rearrange(y, "b t (h v) -> b t h v", v=self.value_size) for y in (v, output_gate)
         )
-        dtype = self.A_log.dtype
-        g = -self.A_log.exp() * F.softplus(time_step.to(dtype) + self.time_step_bias)
         o, state = gated_delta_rule(
-            q, k, v, g, self.beta_max * beta.to(dtype).sigmoid(),
+            q, k, v, g, beta,
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)

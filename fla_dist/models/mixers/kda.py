@@ -48,18 +48,19 @@ class KimiDeltaAttention(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         qkv, decay, output_gate, beta = self.input(x).split(self.widths, dim=-1)
-        qkv = self.convolution(qkv, stream)
-        q, k, v = rearrange(qkv, "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
+        before = self.convolution.before(qkv, stream)
+        gate = self.output_gate(output_gate).sigmoid()
         dtype = self.A_log.dtype
         time_step = F.softplus(self.decay(decay).to(dtype) + self.time_step_bias)
         time_step = rearrange(time_step, "b t (h k) -> b t h k", h=self.num_heads)
+        qkv = self.convolution(qkv, before, stream)
+        q, k, v = rearrange(qkv, "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
         o, state = kda(
             l2_norm(q), l2_norm(k), v, -self.A_log.exp()[:, None] * time_step,
             beta.to(dtype).sigmoid(),
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)
-        gate = self.output_gate(output_gate).sigmoid()
         return self.output(rearrange(self.norm(o), "b t h v -> b t (h v)") * gate)
 
     def flops_per_token(self, sequence_length: int) -> float:

@@ -44,7 +44,7 @@ class Mamba(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x, z = self.input(x).chunk(2, dim=-1)
-        x = self.convolution(x, stream)
+        x = self.convolution(x, self.convolution.before(x, stream), stream)
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
         o, state = projected_selective_scan(
             x, time_step, -self.A_log.exp(), B, C,

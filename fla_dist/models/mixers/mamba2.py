@@ -60,7 +60,8 @@ class Mamba2(Mixer):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         z, xBC, time_step = self.input(x).split(self.widths, dim=-1)
-        x, B, C = self.convolution(xBC, stream).split(self.xBC_widths, dim=-1)
+        xBC = self.convolution(xBC, self.convolution.before(xBC, stream), stream)
+        x, B, C = xBC.split(self.xBC_widths, dim=-1)
         x = rearrange(x, "b t (h p) -> b t h p", p=self.head_size)
         B, C = (rearrange(y, "b t (g n) -> b t g n", g=self.num_groups) for y in (B, C))
         y, state = state_space_dual(
