@@ -298,10 +298,10 @@ class Config:
                 raise ConfigError("evaluation: needs data.validation_sources, which names none")
         for key, values in lengths.items():
             for length in values:
-                if length % sp:
+                if length < sp:
                     raise ConfigError(
-                        f"{key}: {length} is not divisible by "
-                        f"parallelism.sequence_parallel_size {sp}"
+                        f"{key}: {length} is less than a token for each of "
+                        f"parallelism.sequence_parallel_size {sp} ranks"
                     )
         heads = self.model.mixers.get("attention")
         if self.parallelism.attention_exchange == "all_to_all" and heads is not None:

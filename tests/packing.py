@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fla_dist.parallel.slices import slice_lengths
+
 LENGTH = 48
 STARTS = {
     "one document": [0],
@@ -26,13 +28,15 @@ class PackedTokens:
     labels: Tensor
     positions: Tensor
     doc_ids: Tensor
+    slice_lengths: tuple[int, ...] | None = None
 
     def slice(self, rank: int, size: int) -> PackedTokens:
         """What rank `rank` of `size` sequence-parallel ranks gets."""
+        lengths = slice_lengths(self.tokens.shape[1], size)
         tokens, labels, positions = (
-            x.chunk(size, dim=1)[rank] for x in (self.tokens, self.labels, self.positions)
+            x.split(lengths, dim=1)[rank] for x in (self.tokens, self.labels, self.positions)
         )
-        return PackedTokens(tokens, labels, positions, doc_ids_of(positions))
+        return PackedTokens(tokens, labels, positions, doc_ids_of(positions), lengths)
 
 
 def doc_ids_of(positions: Tensor) -> Tensor:
@@ -52,12 +56,16 @@ def positions_of(starts: list[int], length: int = LENGTH) -> Tensor:
     return positions.to(torch.int32)
 
 
-def packed_tokens(starts: list[list[int]], vocab_size: int, seed: int = 0) -> PackedTokens:
-    """One sequence for each list of starts; the last token of each document has no label."""
+def packed_tokens(
+    starts: list[list[int]], vocab_size: int, seed: int = 0, *, length: int = LENGTH
+) -> PackedTokens:
+    """The first `length` tokens of one sequence for each list of starts; the last token of each
+    document has no label."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(starts), LENGTH)
     positions = torch.stack([positions_of(s) for s in starts])
     tokens = torch.randint(vocab_size, shape, generator=generator)
     labels = torch.randint(vocab_size, shape, generator=generator)
     labels[:, :-1] = labels[:, :-1].masked_fill(positions[:, 1:] == 0, -100)
+    tokens, labels, positions = (x[:, :length] for x in (tokens, labels, positions))
     return PackedTokens(tokens, labels, positions, doc_ids_of(positions))

@@ -84,8 +84,8 @@ def test_overrides_reach_into_lists() -> None:
         (["--lr_scheduler.warmup_ratio", "0.1"], ["lr_scheduler: warmup_ratio", "keep one"]),
         (["--tokenizer.path", "x"], ["tokenizer: set exactly one of path and train"]),
         # what cannot go together
-        (["--data.sequence_length", "511"], ["data.sequence_length: 511", "not divisible"]),
-        (["--evaluation.sequence_lengths", "[3]"], ["evaluation.sequence_lengths: 3"]),
+        (["--data.sequence_length", "1"], ["data.sequence_length: 1", "2 ranks"]),
+        (["--evaluation.sequence_lengths", "[1]"], ["evaluation.sequence_lengths: 1"]),
         (["--data.validation_sources", "[]"], ["evaluation", "data.validation_sources"]),
         (["--model.vocab_size", "300"], ["tokenizer.train.vocab_size", "model.vocab_size 300"]),
         (

@@ -146,10 +146,9 @@ def work(arguments: argparse.Namespace, overrides: list[str]) -> int:
             slices = replace(model.exchange.slices, exposed=lambda: timer("exchange"))
             model.exchange = MeshExchange(slices)
         engine = Engine(model, config, batch_plan, mesh, device)
-        length = config.data.sequence_length // mesh.sequence_parallel_size
         batch = synthetic_batch(
-            batch_plan.micro_batch_size, length, config.model.vocab_size, None,
-            first=mesh.sequence_parallel_rank * length,
+            batch_plan.micro_batch_size, config.data.sequence_length, config.model.vocab_size, None,
+            mesh,
         ).to(device)  # fmt: skip
         for step in range(WARMUP_STEPS + arguments.steps):
             if step == WARMUP_STEPS:

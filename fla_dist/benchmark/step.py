@@ -23,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fla_dist.config import ConfigError, load_config
 from fla_dist.data.batch import Batch
+from fla_dist.parallel.mesh import Mesh
+from fla_dist.parallel.slices import slice_lengths
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
@@ -87,10 +89,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         model = build_model(config, mesh, device)
         flops_per_token = model.flops_per_token(config.data.sequence_length)
         engine = Engine(model, config, plan, mesh, device)
-        local_length = config.data.sequence_length // mesh.sequence_parallel_size
         batch = synthetic_batch(
-            plan.micro_batch_size, local_length, config.model.vocab_size,
-            arguments.document_length, first=mesh.sequence_parallel_rank * local_length,
+            plan.micro_batch_size, config.data.sequence_length, config.model.vocab_size,
+            arguments.document_length, mesh,
         ).to(device)  # fmt: skip
         valid_tokens = float(plan.tokens_per_step)
 
@@ -148,10 +149,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def synthetic_batch(
-    batch_size: int, length: int, vocab_size: int, document_length: int | None, *, first: int
+    batch_size: int, sequence_length: int, vocab_size: int, document_length: int | None, mesh: Mesh
 ) -> Batch:
-    """Random tokens, each the label of the one before it, in documents of one length; the slice
-    starts at token `first` of its sequence."""
+    """This rank's slice of random tokens, each the label of the one before it, in documents of one
+    length."""
+    lengths = slice_lengths(sequence_length, mesh.sequence_parallel_size)
+    length = lengths[mesh.sequence_parallel_rank]
+    first = sum(lengths[: mesh.sequence_parallel_rank])
     generator = torch.Generator().manual_seed(first)
     tokens = torch.randint(vocab_size, (batch_size, length + 1), generator=generator)
     positions = torch.arange(first, first + length, dtype=torch.int32)
@@ -164,6 +168,7 @@ def synthetic_batch(
         labels=tokens[:, 1:].contiguous(),
         positions=positions,
         doc_ids=doc_ids,
+        slice_lengths=lengths,
     )
 
 

@@ -21,21 +21,25 @@ class Batch:
             by the sequence's border restarts at 0 in the next one. They continue over slices.
         doc_ids: [B, T] int32, cumsum(positions == 0) along this slice: 0 is the document already
             open before the slice's first token.
+        slice_lengths: T of every sequence-parallel rank, in their order; None where all are equal.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     doc_ids: torch.Tensor
+    slice_lengths: tuple[int, ...] | None = None
 
     @staticmethod
-    def empty(rows: int, length: int, *, pin_memory: bool) -> Batch:
-        shape = (rows, length)
+    def empty(rows: int, slice_lengths: tuple[int, ...], rank: int, *, pin_memory: bool) -> Batch:
+        """Of sequence-parallel rank `rank`."""
+        shape = (rows, slice_lengths[rank])
         return Batch(
             torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
             torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
             torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory),
             torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory),
+            slice_lengths,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -44,4 +48,5 @@ class Batch:
             self.labels.to(device, non_blocking=non_blocking),
             self.positions.to(device, non_blocking=non_blocking),
             self.doc_ids.to(device, non_blocking=non_blocking),
+            self.slice_lengths,
         )

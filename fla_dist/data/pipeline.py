@@ -30,6 +30,7 @@ from fla_dist.data.packing import (
 from fla_dist.data.plan import Plan, Split
 from fla_dist.data.tokenizer import Tokenizer, load_tokenizer
 from fla_dist.data.units import Unit
+from fla_dist.parallel.slices import slice_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -180,9 +181,9 @@ class TokenPipeline:
         micro_batch_size: int,
         split: Split,
     ):
-        if data.sequence_length % slice_ranks:
+        if data.sequence_length < slice_ranks:
             raise DataError(
-                f"data.sequence_length: {data.sequence_length} is not divisible by "
+                f"data.sequence_length: {data.sequence_length} is less than a token for each of "
                 f"{slice_ranks} sequence-parallel ranks"
             )
         self.tokenizer = tokenizer
@@ -190,8 +191,9 @@ class TokenPipeline:
         self._micro_batch_size = micro_batch_size
         self._mine = range(batch_rank * micro_batch_size, (batch_rank + 1) * micro_batch_size)
         self._global_batch = batch_ranks * micro_batch_size
-        slice_length = data.sequence_length // slice_ranks
-        self._slice = range(slice_rank * slice_length, (slice_rank + 1) * slice_length)
+        self._slice_rank = slice_rank
+        self._slice_lengths = slice_lengths(data.sequence_length, slice_ranks)
+        self._slice_start = sum(self._slice_lengths[:slice_rank])
         self._finite = split == "validation"
 
         self._plan = Plan.make(data, tokenizer, split)
@@ -338,7 +340,10 @@ class TokenPipeline:
     def _make_batch(self) -> Batch:
         # Pinned, so that the copy to the GPU can run beside the computation.
         batch = Batch.empty(
-            self._micro_batch_size, len(self._slice), pin_memory=torch.cuda.is_available()
+            self._micro_batch_size,
+            self._slice_lengths,
+            self._slice_rank,
+            pin_memory=torch.cuda.is_available(),
         )
         fields = (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
         rows = map(Row, *(field.numpy() for field in fields))
@@ -349,7 +354,7 @@ class TokenPipeline:
                 if index == 0:
                     raise
                 for row in rows:
-                    pack_padding(row, self._slice.start)
+                    pack_padding(row, self._slice_start)
                 break
             if index in self._mine:
                 self._pack(spans, next(rows))
@@ -361,13 +366,13 @@ class TokenPipeline:
             try:
                 shards = [self._reader.open(span) for span in spans]
                 if self._data.packing == "best_fit":
-                    pack_documents(spans, shards, row, start=self._slice.start)
+                    pack_documents(spans, shards, row, start=self._slice_start)
                     return
                 pack_stream(
                     spans,
                     shards,
                     row,
-                    start=self._slice.start,
+                    start=self._slice_start,
                     restart_positions=self._data.packing == "documents",
                     mask_document_ends=self._data.mask_document_ends,
                 )

@@ -40,6 +40,8 @@ class TokenSlice(Protocol):
     def positions(self) -> Tensor: ...
     @property
     def doc_ids(self) -> Tensor: ...
+    @property
+    def slice_lengths(self) -> tuple[int, ...] | None: ...
 
 
 class LanguageModel(nn.Module):
@@ -93,12 +95,13 @@ class LanguageModel(nn.Module):
     def forward(self, batch: TokenSlice) -> Tensor:
         """The sum of the token losses over this slice's labels that are not -100; a scalar in
         fp32."""
-        stream = Stream(batch.positions, batch.doc_ids, self.exchange)
+        exchange = self.exchange.of_lengths(batch.slice_lengths)
+        stream = Stream(batch.positions, batch.doc_ids, exchange)
         for mixer in self.mixers():
             mixer.prepare(stream)
         x = self.embedding(batch.tokens)
         for index, block in enumerate(self.blocks):
-            x = block(x, stream.with_exchange(self.exchange.of_layer(index)))
+            x = block(x, stream.with_exchange(exchange.of_layer(index)))
         return linear_cross_entropy(
             self.norm(x).flatten(0, 1),
             self.head.weight,

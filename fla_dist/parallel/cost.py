@@ -117,6 +117,9 @@ class CountingExchange:
     def of_layer(self, index: int) -> CountingExchange:
         return self
 
+    def of_lengths(self, lengths: tuple[int, ...] | None) -> CountingExchange:
+        return self
+
     def tokens_before(self, length: int) -> int:
         """More than any window: where a mask must ask whether the window covers all that there is,
         it looks at positions, which have no values here."""

@@ -47,6 +47,9 @@ class Exchange(Protocol):
     def of_layer(self, index: int) -> Exchange:
         """The same for one layer, which messages then name."""
 
+    def of_lengths(self, lengths: tuple[int, ...] | None) -> Exchange:
+        """The same for slices of these lengths; None where all are equal."""
+
     def tokens_before(self, length: int) -> int:
         """Of the sequence, on the ranks before this one, whose slice has `length`."""
 
@@ -66,6 +69,9 @@ class LocalExchange:
         masks.attention_mask(None, 0)
 
     def of_layer(self, index: int) -> LocalExchange:
+        return self
+
+    def of_lengths(self, lengths: tuple[int, ...] | None) -> LocalExchange:
         return self
 
     def tokens_before(self, length: int) -> int:
@@ -95,6 +101,9 @@ class MeshExchange:
 
     def of_layer(self, index: int) -> MeshExchange:
         return MeshExchange(replace(self.slices, layer=index))
+
+    def of_lengths(self, lengths: tuple[int, ...] | None) -> MeshExchange:
+        return MeshExchange(replace(self.slices, lengths=lengths))
 
     def tokens_before(self, length: int) -> int:
         return sum(self.slices.lengths_beside(length)[: self.slices.rank])
@@ -147,6 +156,9 @@ class ReplayedExchange:
 
     def of_layer(self, index: int) -> ReplayedExchange:
         return ReplayedExchange(self._exchange.of_layer(index))
+
+    def of_lengths(self, lengths: tuple[int, ...] | None) -> ReplayedExchange:
+        return ReplayedExchange(self._exchange.of_lengths(lengths))
 
     def tokens_before(self, length: int) -> int:
         return self._exchange.tokens_before(length)

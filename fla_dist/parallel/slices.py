@@ -13,6 +13,13 @@ from fla_dist.parallel.mesh import Mesh
 from fla_dist.parallel.watch import current_watch, explained
 
 
+def slice_lengths(length: int, size: int) -> tuple[int, ...]:
+    """Tokens of each of `size` ranks' slices of a sequence: equal, or the first ones a token
+    longer."""
+    shorter, longer = divmod(length, size)
+    return (shorter + 1,) * longer + (shorter,) * (size - longer)
+
+
 @dataclass(frozen=True)
 class Slices:
     """The slices of a sequence, and the ranks that hold them.

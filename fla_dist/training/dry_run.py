@@ -11,6 +11,7 @@ from fla_dist.models import LanguageModel
 from fla_dist.models.stream import Stream
 from fla_dist.parallel.cost import Cost, CountingExchange, Links
 from fla_dist.parallel.mesh import Mesh, choose_state_exchange
+from fla_dist.parallel.slices import slice_lengths
 from fla_dist.training.plan import BatchPlan, plan_batches
 
 FLOPS_PER_SECOND = 250e12
@@ -37,11 +38,12 @@ def describe_run(
     with torch.device("meta"):
         model = LanguageModel(config.model)
     length = config.data.sequence_length
+    longest = max(slice_lengths(length, plan.sequence_parallel_size))
     rows: list[tuple[str, str]] = [
         ("ranks", f"{world_size} = {plan.data_parallel_size} data x "
          f"{plan.sequence_parallel_size} sequence"),
         ("tokens a rank and micro batch",
-         f"{plan.micro_batch_size} x {length // plan.sequence_parallel_size:,}"),
+         f"{plan.micro_batch_size} x {longest:,}"),
         ("gradient accumulation steps", f"{plan.gradient_accumulation_steps}"),
         ("sequences a step", f"{plan.sequences_per_step:,} of {length:,} tokens"),
         ("tokens a step", f"{plan.tokens_per_step:,}"),
@@ -81,7 +83,7 @@ def exchange_costs(
         attention_exchange=None if chosen == "auto" else chosen,
     )
     counting = CountingExchange(mesh, links, 2 if config.deepspeed.torch_autocast.enabled else 4)
-    shape = (plan.micro_batch_size, config.data.sequence_length // size)
+    shape = (plan.micro_batch_size, max(slice_lengths(config.data.sequence_length, size)))
     with torch.device("meta"), torch.no_grad():
         positions = torch.empty(shape, dtype=torch.int32)
         stream = Stream(positions, positions, counting)

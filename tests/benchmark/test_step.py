@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fla_dist.benchmark.step import KEY, add_row, covered, kind_of, synthetic_batch
+from fla_dist.parallel.mesh import Mesh
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,9 @@ def test_overlapping_kernels_count_once() -> None:
 
 
 def test_slices_of_a_synthetic_batch_continue_its_documents() -> None:
-    batch = synthetic_batch(2, 10, 37, 6, first=10)
-    assert batch.positions[1].tolist() == [4, 5, 0, 1, 2, 3, 4, 5, 0, 1]
-    assert batch.doc_ids[1].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
+    batch = synthetic_batch(2, 19, 37, 6, Mesh(1, 2, 2))
+    assert batch.positions[1].tolist() == [4, 5, 0, 1, 2, 3, 4, 5, 0]
+    assert batch.doc_ids[1].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2]
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
 
 

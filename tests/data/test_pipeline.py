@@ -395,9 +395,19 @@ def test_no_validation_sources(open_pipeline, data_config):
         open_pipeline(replace(data_config, validation_sources=()), split="validation")
 
 
-def test_a_slice_that_does_not_divide_the_sequence(open_pipeline, data_config):
-    with pytest.raises(DataError, match=r"data\.sequence_length: 64 is not divisible by 5"):
-        open_pipeline(data_config, sp=(0, 5))
+def test_slices_may_differ_by_a_token(open_pipeline, data_config):
+    whole = next(open_pipeline(data_config, micro_batch_size=2))
+    parts = [next(open_pipeline(data_config, sp=(r, 5), micro_batch_size=2)) for r in range(5)]
+    for part in parts:
+        assert part.slice_lengths == (13, 13, 13, 13, 12)
+    for name in ("tokens", "labels", "positions"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(joined, getattr(whole, name))
+
+
+def test_more_ranks_than_tokens(open_pipeline, data_config):
+    with pytest.raises(DataError, match=r"data\.sequence_length: 4 is less than a token for each"):
+        open_pipeline(replace(data_config, sequence_length=4), sp=(0, 5))
 
 
 def test_every_unit_is_built_in_the_background(open_pipeline, own_data_config):

@@ -27,7 +27,8 @@ def gradients(pattern: str, mesh: Mesh, device: str, bf16: bool) -> Tensor:
     model.to(device)
     batch = packed_tokens([STARTS["many documents"], STARTS["one document"]], 37)
     batch = batch.slice(mesh.sequence_parallel_rank, mesh.sequence_parallel_size)
-    batch = PackedTokens(*(getattr(batch, name).to(device) for name in vars(batch)))
+    fields = (batch.tokens, batch.labels, batch.positions, batch.doc_ids)
+    batch = PackedTokens(*(x.to(device) for x in fields))
     with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
         model(batch).backward()
     whole = torch.cat([p.grad.float().flatten() for p in model.parameters()])

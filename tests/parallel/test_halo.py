@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
+import pytest
 import torch
 from torch import Tensor
 
-from fla_dist.parallel.exchange import build_exchange
-from fla_dist.parallel.mesh import build_mesh
+from fla_dist.models.mixers import attention as windows
+from fla_dist.models.mixers.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
+from fla_dist.models.stream import Stream
+from fla_dist.parallel import halo
+from fla_dist.parallel.collectives import Transfer
+from fla_dist.parallel.exchange import MeshExchange, ReplayedExchange, build_exchange
+from fla_dist.parallel.mesh import Mesh, build_mesh
+from fla_dist.parallel.slices import Slices
+from tests.packing import positions_of
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = {"equal": (5, 5, 5, 5), "unequal": (9, 1, 3, 7)}
@@ -23,10 +34,10 @@ def halos() -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         exchange = build_exchange(mesh, lengths)
         for width in WIDTHS:
             x = sequence().split(lengths, dim=1)[rank].requires_grad_()
-            halo = exchange.before(x, width).wait()
-            (halo * weight(width, rank)).sum().backward()
+            before = exchange.before(x, width).wait()
+            (before * weight(width, rank)).sum().backward()
             assert x.grad is not None
-            found[name, width] = halo.detach(), x.grad
+            found[name, width] = before.detach(), x.grad
     return found
 
 
@@ -40,12 +51,99 @@ def weight(width: int, rank: int) -> Tensor:
 
 def test_halos_reach_over_as_many_slices_as_they_need() -> None:
     for rank, found in enumerate(run_ranks(4, halos)):
-        for (name, width), (halo, gradient) in found.items():
+        for (name, width), (before, gradient) in found.items():
             lengths = LENGTHS[name]
             starts = [sum(lengths[:i]) for i in range(4)]
             padded = torch.cat([torch.zeros(2, width, 3, dtype=torch.float64), sequence()], dim=1)
             expected = torch.zeros_like(padded)
             for other, start in enumerate(starts):
                 expected[:, start : start + width] += weight(width, other)
-            assert torch.equal(halo, padded[:, starts[rank] : starts[rank] + width])
+            assert torch.equal(before, padded[:, starts[rank] : starts[rank] + width])
             assert torch.equal(gradient, expected[:, width:].split(lengths, dim=1)[rank])
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When halos set out and are waited for, and what else a test notes."""
+    noted: list[str] = []
+
+    class Noted(Transfer):
+        def __init__(self, steps, slices, phase, device) -> None:
+            noted.append(f"{phase}, starts")
+            self.phase = phase
+            super().__init__(steps, slices, phase, device)
+
+        def wait(self) -> Tensor:
+            noted.append(f"{self.phase}, waits")
+            return super().wait()
+
+    monkeypatch.setattr(halo, "Transfer", Noted)
+    return noted
+
+
+class Work(torch.autograd.Function):
+    """Notes when it is done, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, name, events):
+        ctx.name, ctx.events = name, events
+        events.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.events.append(f"{ctx.name}, backward")
+        return gradient, None, None
+
+
+ALONE = Slices(Mesh())
+"""One rank whose halos go through every step, but are sent nowhere."""
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_needs_no_halo_is_done_while_it_is_under_way(events, recorded: bool) -> None:
+    exchange = MeshExchange(ALONE)
+    x = torch.ones(1, 4, 2, requires_grad=True)
+    pending = (ReplayedExchange(exchange) if recorded else exchange).before(x, 2)
+    done = Work.apply(x, "work", events)
+    (pending.wait().sum() + done.sum()).backward()
+    assert events == [
+        "halo, forward, starts", "work", "halo, forward, waits",
+        "halo, backward, starts", "work, backward", "halo, backward, waits",
+    ]  # fmt: skip
+
+
+def test_queries_that_see_no_halo_attend_while_it_is_under_way(events, monkeypatch) -> None:
+    attend = windows.attention
+
+    def noted(q: Tensor, *arguments) -> Tensor:
+        return Work.apply(attend(q, *arguments), f"{q.shape[1]} queries", events)
+
+    monkeypatch.setattr(windows, "attention", noted)
+    monkeypatch.setattr(windows, "BLOCK", 4)
+    mixer = SlidingWindowAttention(8, SlidingWindowAttentionConfig(2, 2, window_size=6), 1e-6)
+    positions = positions_of([0], 20)[None]
+    stream = Stream(positions, (positions == 0).int(), MeshExchange(ALONE))
+    mixer(torch.randn(1, 20, 8, requires_grad=True), stream).sum().backward()
+    assert events == [
+        "halo, forward, starts", "12 queries", "halo, forward, waits", "8 queries",
+        "8 queries, backward", "halo, backward, starts", "12 queries, backward",
+        "halo, backward, waits",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_halo_is_freed_with_its_graph(backward: bool) -> None:
+    """Also without the garbage collector, which does not see what a cycle of nodes holds."""
+    gc.disable()
+    try:
+        x = torch.ones(1, 4, 2, requires_grad=True)
+        pending = MeshExchange(ALONE).before(x * 2, 2)
+        watched = weakref.ref(pending._link)
+        total = pending.wait().sum()
+        if backward:
+            total.backward()
+        del pending, total
+        assert watched() is None
+    finally:
+        gc.enable()
