@@ -16,6 +16,7 @@ from fla_dist.kernels.gsa.steps import (
     decay_gradient,
     output,
     prepare,
+    query_gradient,
     softmax_gradient,
     source_gradients,
     summarize,
@@ -58,13 +59,18 @@ class SegmentedGSA(torch.autograd.Function):
         )  # fmt: skip
         del decay_in, inside
         state_gradient, _ = summarize(gradients_in, weights_in, q, do, chunk_decay, True)
-        leaving_gradient, initial_gradient = ctx.scan.start(
+        pending = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
-        ).wait()
+        )
         del state_gradient
-        dq, dk, dv, taken_gradient, carries = source_gradients(
-            q, k, v, do, g, doc_ids, taken_out, chunk_decay, weights_in, scores, gradients,
-            gradients_in, sums, entering, final, leaving_gradient, ctx.scale,
+        dq, key_scores, key_sums = query_gradient(
+            q, k, v, g, doc_ids, taken_out, chunk_decay, gradients, gradients_in, entering,
+            ctx.scale,
+        )  # fmt: skip
+        leaving_gradient, initial_gradient = pending.wait()
+        dk, dv, taken_gradient, carries = source_gradients(
+            q, k, v, do, taken_out, chunk_decay, weights_in, scores, gradients_in, key_scores,
+            key_sums, sums, entering, final, leaving_gradient, ctx.scale,
         )  # fmt: skip
         del taken_out, gradients_in, leaving_gradient
         dg = decay_gradient(

@@ -254,35 +254,64 @@ def _(do, k, v, decay_in, taken_out, chunk_decay, inside, entering, weights, inh
     return *of_slots, torch.empty_like(chunk_decay)
 
 
+@step("fla_dist::gsa_query_gradient")
+def query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    doc_ids: Tensor | None,
+    taken_out: Tensor,
+    chunk_decay: Tensor,
+    gradients: Tensor,
+    gradients_in: Tensor,
+    entering: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq from the states that enter the segments; the scores of the pairs of keys [B, H, T, C] and
+    the sums of their side [B, H, N, M]."""
+    chosen, segment = _settings(k, v)
+    scores = _scores(gradients, g, doc_ids, k.dtype, chosen)
+    dq, sums = _spread(
+        q, gradients_in, k, taken_out, chunk_decay, scores, entering, 0, chosen, segment, scale
+    )
+    assert sums is not None
+    return dq, scores, sums
+
+
+@query_gradient.register_fake
+def _(
+    q, k, v, g, doc_ids, taken_out, chunk_decay, gradients, gradients_in, entering, scale
+):  # fmt: skip
+    chunk = _settings(k, v)[0].chunk
+    scores = gradients.new_empty(*gradients.shape[:3], chunk, dtype=k.dtype)
+    return q.new_empty(q.shape), scores, torch.empty_like(chunk_decay)
+
+
 @step("fla_dist::gsa_source_gradients")
 def source_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     do: Tensor,
-    g: Tensor,
-    doc_ids: Tensor | None,
     taken_out: Tensor,
     chunk_decay: Tensor,
     weights_in: Tensor,
     scores: Tensor,
-    gradients: Tensor,
     gradients_in: Tensor,
+    key_scores: Tensor,
+    key_sums: Tensor,
     value_sums: Tensor,
     entering: Tensor,
     final: Tensor,
     leaving_gradient: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the states that enter the segments and the gradients of those that leave
-    them; and for dg the gradient of taken_out [B, H, T, M] and the carries over whole chunks, of
-    keys and of values, [2, B, H, N, M]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dk, dv from the gradients of the states that leave the segments; and for dg the gradient of
+    taken_out [B, H, T, M] and the carries over whole chunks, of keys and of values,
+    [2, B, H, N, M]."""
     batch, heads, length, slots = taken_out.shape
     chosen, segment = _settings(k, v)
-    key_scores = _scores(gradients, g, doc_ids, k.dtype, chosen)
-    dq, key_sums = _spread(
-        q, gradients_in, k, taken_out, chunk_decay, key_scores, entering, 0, chosen, segment, scale
-    )
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     taken_gradient = torch.empty_like(taken_out)
     carries = chunk_decay.new_empty(2, *chunk_decay.shape)
@@ -300,15 +329,15 @@ def source_gradients(
             BX=padded(z.shape[-1], z.element_size()), ADD=side == 1,
             **_walk(chosen, chosen.source_gradient, z, slots),
         )  # fmt: skip
-    return dq, dk, dv, taken_gradient, carries
+    return dk, dv, taken_gradient, carries
 
 
 @source_gradients.register_fake
 def _(
-    q, k, v, do, g, doc_ids, taken_out, chunk_decay, weights_in, scores, gradients, gradients_in,
+    q, k, v, do, taken_out, chunk_decay, weights_in, scores, gradients_in, key_scores, key_sums,
     value_sums, entering, final, leaving_gradient, scale,
 ):  # fmt: skip
-    rows = (x.new_empty(x.shape) for x in (q, k, v))
+    rows = (x.new_empty(x.shape) for x in (k, v))
     return *rows, torch.empty_like(taken_out), chunk_decay.new_empty(2, *chunk_decay.shape)
 
 
