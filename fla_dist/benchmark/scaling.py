@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -118,14 +119,25 @@ def start(
             *("--parallelism.sequence_parallel_size", str(sp)),
             *("--data.sequence_length", str(length)),
         ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Where it is not set, torchrun gives one rank all cores, but each of several a single one.
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | threads,
+        )  # fmt: skip
         if done.returncode or not result.exists():
-            lines = done.stdout.splitlines()
-            errors = [line for line in lines if line.startswith("error: ")]
-            reason = "\n".join(errors) or done.stdout[-2000:]
-            print(f"{world_size} ranks, {length} tokens: failed\n{reason}", flush=True)
+            about = f"{world_size} ranks, sequence parallel {sp}, {length:,} tokens"
+            print(f"{about}: failed\n{reason_of(done.stdout)}", flush=True)
             return None
         return json.loads(result.read_text())
+
+
+def reason_of(output: str) -> str:
+    """What ranks said of their end, without tracebacks and the launcher's report."""
+    said = re.findall(
+        r"^(?:error: |\[rank\d+\]: [\w.]*(?:Error|Exception|Interrupt)\b).*", output, re.M
+    )
+    return "\n".join(dict.fromkeys(said)) or output[-2000:]
 
 
 def work(arguments: argparse.Namespace, overrides: list[str]) -> int:

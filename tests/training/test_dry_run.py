@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from fla_dist.models import LanguageModel
 from fla_dist.parallel.cost import Cost, Link, Links
 from fla_dist.training.dry_run import describe_run, exchange_costs
 from fla_dist.training.plan import plan_batches
+from launch.pretrain import main
 
 SAMBA_32K = "configs/samba_32k.json"
 
@@ -69,6 +73,19 @@ def test_an_exchange_of_a_tenth_of_the_step_is_warned_of() -> None:
     assert "the exchange is" not in describe_run(config, 8)
     alone = load_config(SAMBA_32K, ["--parallelism.sequence_parallel_size", "1"])
     assert "exchange" not in describe_run(alone, 8)
+
+
+def test_the_command_warns(tmp_path, monkeypatch, capsys) -> None:
+    links = tmp_path / "links.json"
+    links.write_text('{"links": {"host": {"alpha_seconds": 1e-5, "bytes_per_second": 1e9}}}')
+    words = ["--dry-run", "--world-size", "8", "--links", str(links)]
+    words += ["--data.sequence_length", "16385", "--parallelism.sequence_parallel_size", "8"]
+    words += ["--training.global_batch_tokens", "16385", "--model.num_hidden_layers", "2"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", SAMBA_32K, *words])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "the exchange is" in said
+    assert re.search(r"tokens a rank and micro batch +1 x 2,049\n", said)
 
 
 def test_an_exchange_that_hosts_do_not_allow_is_refused() -> None:

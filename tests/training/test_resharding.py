@@ -136,7 +136,8 @@ def test_every_stage_and_mesh(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_whole_run_goes_on_with_the_same_samples_on_other_ranks(tmp_path: Path) -> None:
-    """Two ranks that share each sequence, then one rank alone: the same losses step by step."""
+    """Two ranks that share each sequence, then one rank alone: the same losses step by step. Then
+    a second stage of longer sequences, on one rank and on four."""
     text = tmp_path / "lines.jsonl"
     documents = [topics[name] for name in sorted(topics) if len(topics[name]) < 4000][:40]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -153,6 +154,24 @@ def test_a_whole_run_goes_on_with_the_same_samples_on_other_ranks(tmp_path: Path
     assert code == 0, output
     again = records(folder)[6:]
     assert [record["step"] for record in again] == [4, 5, 6]
-    for record in again:
+    compare(again, expected)
+    # Longer sequences at once, of which four ranks get different numbers of tokens.
+    arguments = (
+        "--config", str(config), "--checkpoint.reshard", "true", "--training.max_steps", "8",
+        "--data.sequence_length", "130", "--training.global_batch_tokens", "520",
+    )  # fmt: skip
+    for ranks in (1, 4):
+        parallel = ("--parallelism.sequence_parallel_size", str(ranks))
+        code, output = run(torchrun(ranks), *arguments, *parallel)
+        assert code == 0, output
+        shutil.rmtree(folder / "checkpoints" / "step_00000008")
+    longer = records(folder)[9:]
+    assert [record["step"] for record in longer] == [7, 8, 7, 8]
+    assert longer[0]["tokens"] == again[-1]["tokens"] + 520
+    compare(longer[2:], {record["step"]: record for record in longer[:2]})
+
+
+def compare(got: list[dict[str, Any]], expected: dict[int, dict[str, Any]]) -> None:
+    for record in got:
         for key in ("loss", "grad_norm", "tokens", "lr"):
             assert record[key] == pytest.approx(expected[record["step"]][key], rel=2e-5), key
