@@ -14,7 +14,12 @@ from fla_dist.models.mixers.attention import SlidingWindowAttention, SlidingWind
 from fla_dist.models.stream import Stream
 from fla_dist.parallel import halo
 from fla_dist.parallel.collectives import Transfer
-from fla_dist.parallel.exchange import MeshExchange, ReplayedExchange, build_exchange
+from fla_dist.parallel.exchange import (
+    LocalExchange,
+    MeshExchange,
+    ReplayedExchange,
+    build_exchange,
+)
 from fla_dist.parallel.mesh import Mesh, build_mesh
 from fla_dist.parallel.slices import Slices
 from tests.packing import positions_of
@@ -147,3 +152,36 @@ def test_a_halo_is_freed_with_its_graph(backward: bool) -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+def windowed(exchange: MeshExchange | LocalExchange, device: str, compiled: bool) -> list[Tensor]:
+    """Output and gradients of a windowed layer over 1024 tokens in documents."""
+    torch.manual_seed(0)
+    mixer = SlidingWindowAttention(128, SlidingWindowAttentionConfig(2, 2, window_size=300), 1e-6)
+    mixer.to(device)
+    x = torch.randn(1, 1024, 128).to(device).requires_grad_()
+    positions = positions_of([0, 90, 700], 1024)[None].to(device)
+    stream = Stream(positions, (positions == 0).cumsum(dim=1).int(), exchange)
+    mixer.prepare(stream)
+    o = (torch.compile(mixer) if compiled else mixer)(x, stream)
+    (o * o.detach().sin()).sum().backward()
+    return [o.detach(), x.grad, *(p.grad for p in mixer.parameters())]
+
+
+def check_windows(device: str, compiled: bool) -> None:
+    """The far queries apart from the near ones, against all at once."""
+    got = windowed(MeshExchange(ALONE), device, compiled)
+    for x, y in zip(got, windowed(LocalExchange(), device, False), strict=True):
+        assert (x - y).norm() <= 1e-3 * y.norm()
+
+
+def test_far_queries_attend_apart() -> None:
+    check_windows("cpu", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_far_queries_attend_apart_on_a_gpu(compiled: bool) -> None:
+    """Through the exchanges' own stream, and FlexAttention."""
+    check_windows("cuda", compiled)

@@ -72,17 +72,17 @@ class Attention(Mixer):
     ) -> Tensor:
         """While the keys before the slice are on their way, its later queries, which see none of
         them, attend."""
-        first, *rest = self._window_masks(stream, window_size)
+        near, *far = self._window_masks(stream, window_size)
         if not stream.continues:
-            return attention(q, k, v, first)
-        width, early = window_size - 1, first.first.shape[1]
+            return attention(q, k, v, near)
+        width, early = window_size - 1, near.first.shape[1]
         kv = torch.stack([k, v], dim=2)
         before = stream.before("kv", kv, width)
         k, v = kv.unbind(dim=2)
-        later = [attention(q[:, early:], k, v, mask) for mask in rest]
-        seen = before.wait()[:, width - first.context :]
-        k, v = torch.cat([seen, kv[:, :early]], dim=1).unbind(dim=2)
-        return torch.cat([attention(q[:, :early], k, v, first), *later], dim=1)
+        later = [attention(q[:, early:], k, v, mask) for mask in far]
+        seen = torch.cat([before.wait()[:, width - near.context :], kv[:, :early]], dim=1)
+        k, v = seen.unbind(dim=2)
+        return torch.cat([attention(q[:, :early], k, v, near), *later], dim=1)
 
     def prepare(self, stream: Stream) -> None:
         self._rotation(stream)
