@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fla_dist.models.layers import RMSNorm, SwiGLU
+from fla_dist.models.layers import Normed, RMSNorm, SwiGLU
 from fla_dist.models.mixers import Mixer
 from fla_dist.models.stream import Stream
 from fla_dist.parallel.exchange import LocalExchange, ReplayedExchange
@@ -83,8 +83,8 @@ class Block(nn.Module):
         )
 
     def _whole(self, x: Tensor, stream: Stream) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), stream)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mixer(Normed(x, self.mixer_norm), stream)
+        return x + self.mlp(Normed(x, self.mlp_norm))
 
     def _selective(self, x: Tensor, stream: Stream) -> Tensor:
         return _checkpointed(Block._whole, self, x, stream, context_fn=keep_kernels)

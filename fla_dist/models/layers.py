@@ -4,6 +4,7 @@ mark of what stays fp32."""
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,25 @@ def token_shift(x: Tensor, stream: Stream) -> Tensor:
     return before.masked_fill((stream.positions == 0)[..., None], 0)
 
 
+class _Normalize(torch.autograd.Function):
+    """x / sqrt(mean(x²) + eps) of [R, D] in `dtype`. The backward needs the result alone, not x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = (wide * scale).to(dtype)
+        ctx.save_for_backward(y, scale)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        y, scale = ctx.saved_tensors
+        y, dy = y.to(scale.dtype), dy.to(scale.dtype)
+        return ((dy - y * (dy * y).mean(-1, keepdim=True)) * scale).to(ctx.dtype), None, None
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (arXiv:1910.07467) over the last axis, statistics in
     fp32."""
@@ -60,16 +80,51 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
+class Normed(NamedTuple):
+    """norm(x) of x [B, T, D], not worked out yet: what mixers and the feed-forward layer take."""
+
+    x: Tensor
+    norm: RMSNorm
+
+    def whole(self) -> Tensor:
+        """norm(x), [B, T, D]."""
+        return self.norm(self.x)
+
+    def project(self, *weights: Tensor) -> list[Tensor]:
+        """norm(x) Wᵀ of each W [E, D], [B, T, E].
+
+        The gain is multiplied into W, whose gradient then holds the gain's: a sum over E rows, not
+        over all tokens. For the backward torch.compile keeps x normalized in the dtype of the
+        product, and nothing of x, since a product takes it as it is: of two axes, already cast.
+        """
+        kind = self.x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else self.x.dtype
+        rows = _Normalize.apply(self.x.flatten(0, 1), self.norm.eps, dtype)
+        gain, shape = self.norm.weight, self.x.shape[:2]
+        return [F.linear(rows, weight * gain).unflatten(0, shape) for weight in weights]
+
+
+class NormedLinear(nn.Linear):
+    """norm(x) Wᵀ, without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, normed: Normed) -> Tensor:  # type: ignore[override]
+        return normed.project(self.weight)[0]
+
+
 class SwiGLU(nn.Module):
-    """(silu(x W_gate) ⊙ x W_up) W_down (arXiv:2002.05202)."""
+    """(silu(x W_gate) ⊙ x W_up) W_down (arXiv:2002.05202) of normed x."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.gate_up = NormedLinear(hidden_size, 2 * intermediate_size)
         self.output = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu_linear(self.gate_up(x), self.output.weight)
+    def forward(self, normed: Normed) -> Tensor:
+        return swiglu_linear(self.gate_up(normed), self.output.weight)
 
 
 class ShortConvolution(nn.Module):

@@ -110,8 +110,9 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every token once, and only what is costly to make again: no outputs of norms, of the
-    convolution and of the scan, no argument of the time steps."""
+    """Of every token once, and only what is costly to make again: nothing of the residual stream but
+    what the norms made of it, no output of the convolution and of the scan, no argument of the time
+    steps."""
     with_kernels(monkeypatch)
     kept: list[Tensor] = []
 
@@ -142,7 +143,7 @@ def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     channels, size = mixer.A_log.shape
     of_tokens = [x for x in kept if x.is_floating_point() and {96, 96 // 16} & set(x.shape)]
     expected = (
-        2 * 16  # the input and the mixer's output
+        2 * 16  # what the norms gave, without gains
         + 2  # scales of the norms
         + 2 * channels  # both halves of the first projection
         + mixer.sizes[0] + 2 * size  # Δ's factor, B, C

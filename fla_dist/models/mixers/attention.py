@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fla_dist.kernels.attention import AttentionMask, attention
 from fla_dist.kernels.attention.mask import BLOCK
+from fla_dist.models.layers import Normed, NormedLinear
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -49,14 +50,14 @@ class Attention(Mixer):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_size = hidden_size // config.num_heads
         self.rope_theta = config.rope_theta
-        self.qkv = nn.Linear(
-            hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_size, bias=False
+        self.qkv = NormedLinear(
+            hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_size
         )
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = rearrange(self.qkv(x), "b t (h k) -> b t h k", k=self.head_size)
+        qkv = rearrange(self.qkv(normed), "b t (h k) -> b t h k", k=self.head_size)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         v = v.contiguous()  # a view would keep all of qkv for the backward, beside the turned q, k
         cosine, sine = self._rotation(stream)

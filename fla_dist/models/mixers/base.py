@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fla_dist.models.layers import Normed
 from fla_dist.models.stream import Stream
 
 
 class Mixer(nn.Module, ABC):
-    """Mixes along time: [B, T, D] to [B, T, D], causally and inside documents.
+    """Mixes along time: [B, T, D], normed, to [B, T, D], causally and inside documents.
 
     Subclasses take `(hidden_size, config, norm_eps)`, set `output` (the projection back to the
     residual stream, which the initialization scales down) and name their config dataclass.
@@ -33,7 +34,7 @@ class Mixer(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def forward(self, x: Tensor, stream: Stream) -> Tensor: ...
+    def forward(self, normed: Normed, stream: Stream) -> Tensor: ...
 
     def prepare(self, stream: Stream) -> None:
         """Makes what the layers share of a batch, before the first of them runs: it may wait for

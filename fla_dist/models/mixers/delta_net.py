@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.delta_rule import delta_rule
-from fla_dist.models.layers import RMSNorm, ShortConvolution, l2_norm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm, ShortConvolution, l2_norm
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -46,13 +46,13 @@ class DeltaNet(Mixer):
         self.num_heads = config.num_heads
         self.beta_max = 2.0 if config.allow_negative_eigenvalues else 1.0
         self.widths = [3 * hidden_size, config.num_heads]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.convolution = ShortConvolution(3 * hidden_size, config.conv_kernel)
         self.norm = RMSNorm(hidden_size // config.num_heads, norm_eps)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        qkv, beta = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        qkv, beta = self.input(normed).split(self.widths, dim=-1)
         before = self.convolution.before(qkv, stream)
         beta = self.beta_max * beta.to(self.norm.weight.dtype).sigmoid()
         qkv = self.convolution(qkv, before, stream)

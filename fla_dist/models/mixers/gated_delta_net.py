@@ -11,7 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.gated_delta_rule import gated_delta_rule
-from fla_dist.models.layers import RMSNorm, ShortConvolution, keep_fp32, l2_norm, time_step_bias_
+from fla_dist.models.layers import (
+    Normed,
+    NormedLinear,
+    RMSNorm,
+    ShortConvolution,
+    keep_fp32,
+    l2_norm,
+    time_step_bias_,
+)
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.mixers.delta_net import delta_rule_flops
 from fla_dist.models.stream import Stream
@@ -46,15 +54,15 @@ class GatedDeltaNet(Mixer):
         keys, values = config.num_heads * self.head_size, heads * self.value_size
         self.qkv_widths = [keys, keys, values]
         self.widths = [sum(self.qkv_widths), values, heads, heads]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.convolution = ShortConvolution(self.widths[0], config.conv_kernel)
         self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
         self.time_step_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
         self.norm = RMSNorm(self.value_size, norm_eps)
         self.output = nn.Linear(values, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        qkv, output_gate, beta, time_step = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        qkv, output_gate, beta, time_step = self.input(normed).split(self.widths, dim=-1)
         before = self.convolution.before(qkv, stream)
         dtype = self.A_log.dtype
         g = -self.A_log.exp() * F.softplus(time_step.to(dtype) + self.time_step_bias)

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.gla import gla
-from fla_dist.models.layers import RMSNorm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -41,13 +41,13 @@ class GatedLinearAttention(Mixer):
         )
         self.num_heads, self.gate_normalizer = config.num_heads, config.gate_normalizer
         self.widths = [key_width, key_width, value_width, value_width, config.gate_rank]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.gate = nn.Linear(config.gate_rank, key_width, bias=True)
         self.norm = RMSNorm(value_width // config.num_heads, norm_eps)
         self.output = nn.Linear(value_width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        q, k, v, output_gate, low_rank = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        q, k, v, output_gate, low_rank = self.input(normed).split(self.widths, dim=-1)
         g = F.logsigmoid(self.gate(low_rank).to(self.norm.weight.dtype)) / self.gate_normalizer
         q, k, v, g = (rearrange(y, "b t (h k) -> b t h k", h=self.num_heads) for y in (q, k, v, g))
         o, state = gla(

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.gsa import gsa
-from fla_dist.models.layers import RMSNorm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -36,12 +36,12 @@ class GatedSlotAttention(Mixer):
         self.num_heads, self.num_slots = config.num_heads, config.num_slots
         self.gate_normalizer = config.gate_normalizer
         self.widths = [hidden_size, hidden_size, hidden_size, config.num_heads * config.num_slots]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        q, k, v, gate = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        q, k, v, gate = self.input(normed).split(self.widths, dim=-1)
         g = F.logsigmoid(gate.to(self.norm.weight.dtype)) / self.gate_normalizer
         q, k, v, g = (
             rearrange(y, "b t (h k) -> b t h k", h=self.num_heads)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fla_dist.kernels.hgrn import hgrn
-from fla_dist.models.layers import RMSNorm, keep_fp32
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm, keep_fp32
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -54,13 +54,13 @@ class HGRN(Mixer):
     def __init__(self, hidden_size: int, config: HGRNConfig, norm_eps: float) -> None:
         super().__init__(hidden_size, config, norm_eps)
         self.channels = config.expand * hidden_size
-        self.input = nn.Linear(hidden_size, 3 * self.channels, bias=False)
+        self.input = NormedLinear(hidden_size, 3 * self.channels)
         self.forget_gate = BoundedForgetGate(self.channels)
         self.norm = RMSNorm(self.channels, norm_eps)
         self.output = nn.Linear(self.channels, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x, forget, output_gate = self.input(x).chunk(3, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        x, forget, output_gate = self.input(normed).chunk(3, dim=-1)
         o, state = hgrn(
             F.silu(x), self.forget_gate(forget),
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,

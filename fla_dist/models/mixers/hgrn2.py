@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.hgrn2 import hgrn2
-from fla_dist.models.layers import RMSNorm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.mixers.hgrn import BoundedForgetGate
 from fla_dist.models.stream import Stream
@@ -33,13 +33,13 @@ class HGRN2(Mixer):
     def __init__(self, hidden_size: int, config: HGRN2Config, norm_eps: float) -> None:
         super().__init__(hidden_size, config, norm_eps)
         self.head_size = config.expansion
-        self.input = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.input = NormedLinear(hidden_size, 3 * hidden_size)
         self.forget_gate = BoundedForgetGate(hidden_size)
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        q, forget, v = self.input(x).chunk(3, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        q, forget, v = self.input(normed).chunk(3, dim=-1)
         q, v, g = (
             rearrange(y, "b t (h k) -> b t h k", k=self.head_size)
             for y in (F.silu(q), v, self.forget_gate(forget))

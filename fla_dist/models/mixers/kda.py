@@ -11,7 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.kda import kda
-from fla_dist.models.layers import RMSNorm, ShortConvolution, keep_fp32, l2_norm, time_step_bias_
+from fla_dist.models.layers import (
+    Normed,
+    NormedLinear,
+    RMSNorm,
+    ShortConvolution,
+    keep_fp32,
+    l2_norm,
+    time_step_bias_,
+)
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.mixers.delta_net import delta_rule_flops
 from fla_dist.models.stream import Stream
@@ -37,7 +45,7 @@ class KimiDeltaAttention(Mixer):
         self.num_heads, size = config.num_heads, config.head_size
         width = config.num_heads * size
         self.widths = [3 * width, size, size, config.num_heads]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.convolution = ShortConvolution(3 * width, config.conv_kernel)
         self.decay = nn.Linear(size, width, bias=False)
         self.A_log = keep_fp32(nn.Parameter(torch.empty(config.num_heads)))
@@ -46,8 +54,8 @@ class KimiDeltaAttention(Mixer):
         self.norm = RMSNorm(size, norm_eps)
         self.output = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        qkv, decay, output_gate, beta = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        qkv, decay, output_gate, beta = self.input(normed).split(self.widths, dim=-1)
         before = self.convolution.before(qkv, stream)
         gate = self.output_gate(output_gate).sigmoid()
         dtype = self.A_log.dtype

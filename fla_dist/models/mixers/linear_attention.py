@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.retention import linear_attention
-from fla_dist.models.layers import RMSNorm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -34,12 +34,12 @@ class LinearAttention(Mixer):
     def __init__(self, hidden_size: int, config: LinearAttentionConfig, norm_eps: float) -> None:
         super().__init__(hidden_size, config, norm_eps)
         self.num_heads, self.head_size = config.num_heads, hidden_size // config.num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.qkv = NormedLinear(hidden_size, 3 * hidden_size)
         self.norm = RMSNorm(self.head_size, norm_eps)
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        q, k, v = rearrange(self.qkv(normed), "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
         o, state = linear_attention(
             F.elu(q) + 1, F.elu(k) + 1, v,
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fla_dist.kernels.mamba import projected_selective_scan
-from fla_dist.models.layers import ShortConvolution, keep_fp32, time_step_bias_
+from fla_dist.models.layers import (
+    Normed,
+    NormedLinear,
+    ShortConvolution,
+    keep_fp32,
+    time_step_bias_,
+)
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -33,7 +39,7 @@ class Mamba(Mixer):
         channels = config.expand * hidden_size
         rank = -(-hidden_size // 16) if config.time_step_rank == "auto" else config.time_step_rank
         self.sizes = [rank, config.state_size, config.state_size]
-        self.input = nn.Linear(hidden_size, 2 * channels, bias=False)
+        self.input = NormedLinear(hidden_size, 2 * channels)
         self.convolution = ShortConvolution(channels, config.conv_kernel, bias=True)
         self.x_projection = nn.Linear(channels, sum(self.sizes), bias=False)
         self.time_step_weight = nn.Parameter(torch.empty(channels, rank))
@@ -42,8 +48,9 @@ class Mamba(Mixer):
         self.D = keep_fp32(nn.Parameter(torch.empty(channels)))
         self.output = nn.Linear(channels, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x, z = self.input(x).chunk(2, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        # Two products, so that the gradients of x and z need not be joined for one.
+        x, z = normed.project(*self.input.weight.chunk(2))
         x = self.convolution(x, self.convolution.before(x, stream), stream)
         time_step, B, C = self.x_projection(x).split(self.sizes, dim=-1)
         o, state = projected_selective_scan(

@@ -11,7 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.mamba2 import state_space_dual
-from fla_dist.models.layers import ShortConvolution, keep_fp32, time_step_bias_
+from fla_dist.models.layers import (
+    Normed,
+    NormedLinear,
+    ShortConvolution,
+    keep_fp32,
+    time_step_bias_,
+)
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -50,7 +56,7 @@ class Mamba2(Mixer):
         states = config.num_groups * config.state_size
         self.xBC_widths = [channels, states, states]
         self.widths = [channels, sum(self.xBC_widths), heads]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.convolution = ShortConvolution(self.widths[1], config.conv_kernel, bias=True)
         self.time_step_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
         self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
@@ -58,8 +64,8 @@ class Mamba2(Mixer):
         self.norm_weight = keep_fp32(nn.Parameter(torch.empty(channels)))
         self.output = nn.Linear(channels, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        z, xBC, time_step = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        z, xBC, time_step = self.input(normed).split(self.widths, dim=-1)
         xBC = self.convolution(xBC, self.convolution.before(xBC, stream), stream)
         x, B, C = xBC.split(self.xBC_widths, dim=-1)
         x = rearrange(x, "b t (h p) -> b t h p", p=self.head_size)

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.retention import retention, retention_decay
-from fla_dist.models.layers import RMSNorm
+from fla_dist.models.layers import Normed, NormedLinear, RMSNorm
 from fla_dist.models.mixers.attention import rotate
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
@@ -40,16 +40,16 @@ class Retention(Mixer):
         value_width = int(config.expand_v * hidden_size)
         self.num_heads, self.rope_theta = config.num_heads, config.rope_theta
         self.widths = [hidden_size, hidden_size, value_width, value_width]
-        self.input = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.input = NormedLinear(hidden_size, sum(self.widths))
         self.norm = RMSNorm(value_width // config.num_heads, norm_eps)
         self.output = nn.Linear(value_width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        q, k, v, output_gate = self.input(x).split(self.widths, dim=-1)
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        q, k, v, output_gate = self.input(normed).split(self.widths, dim=-1)
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", h=self.num_heads) for y in (q, k, v))
         q, k = (rotate(y, stream.positions, self.rope_theta) for y in (q, k))
         o, state = retention(
-            q, k, v, retention_decay(self.num_heads, x.device),
+            q, k, v, retention_decay(self.num_heads, q.device),
             initial_state=stream.initial_state("state"), doc_ids=stream.doc_ids, scan=stream.scan,
         )  # fmt: skip
         stream.keep_state("state", state)

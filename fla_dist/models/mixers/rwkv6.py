@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.rwkv6 import rwkv6
-from fla_dist.models.layers import keep_fp32, token_shift
+from fla_dist.models.layers import Normed, keep_fp32, token_shift
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.stream import Stream
 
@@ -55,7 +55,8 @@ class RWKV6(Mixer):
         self.norm_weight, self.norm_bias = vector(), vector()
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        x = normed.whole()
         x_w, x_k, x_v, x_r, x_g = self._mix_with_token_before(x, stream)
         decay = self.decay_up(self.decay_down(x_w).tanh())
         g = -(self.decay_bias + decay.to(self.decay_bias.dtype)).exp()

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fla_dist.kernels.rwkv7 import rwkv7
-from fla_dist.models.layers import keep_fp32, l2_norm, token_shift
+from fla_dist.models.layers import Normed, keep_fp32, l2_norm, token_shift
 from fla_dist.models.mixers.base import Mixer
 from fla_dist.models.mixers.delta_net import delta_rule_flops
 from fla_dist.models.stream import Stream
@@ -65,7 +65,8 @@ class RWKV7(Mixer):
         self.norm_weight, self.norm_bias = vector(), vector()
         self.output = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, normed: Normed, stream: Stream) -> Tensor:
+        x = normed.whole()
         change = token_shift(x, stream) - x
         x_r, x_w, x_k, x_v, x_a, x_g = (x + change * mu.to(x.dtype) for mu in self.shift)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
