@@ -145,7 +145,7 @@ def work(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from fla_dist.benchmark.step import synthetic_batch
     from fla_dist.training.distributed import mesh_of, process_group
     from fla_dist.training.engine import Engine, build_model
-    from fla_dist.training.metrics import PhaseTimer
+    from fla_dist.training.metrics import HostCopy, PhaseTimer
     from fla_dist.training.plan import plan_batches
 
     config = one_micro_batch(load_config(arguments.config, overrides))
@@ -171,8 +171,11 @@ def work(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 begin = time.perf_counter()
             loss = engine.loss(batch)
             engine.backward(loss, float(batch_plan.tokens_per_step))
+            loss_copy = HostCopy(loss)
             engine.step(config.optimizer.lr)
-            loss.item()  # waits for the GPU, as training does
+            loss_copy.item()  # waits for the GPU as far as training does
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         dist.barrier()
         seconds = (time.perf_counter() - begin) / arguments.steps
         exposed = timer.read().get("exchange", 0.0) / arguments.steps

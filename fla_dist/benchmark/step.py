@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from fla_dist.benchmark.environment import environment
     from fla_dist.training.distributed import mesh_of, process_group
     from fla_dist.training.engine import Engine, build_model
-    from fla_dist.training.metrics import peak_bf16_flops
+    from fla_dist.training.metrics import HostCopy, peak_bf16_flops
     from fla_dist.training.plan import plan_batches
 
     try:
@@ -98,19 +98,22 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         def step() -> float:
             loss = engine.loss(batch)
             engine.backward(loss, valid_tokens)
+            loss_copy = HostCopy(loss)
             engine.step(config.optimizer.lr)
-            return loss.item()  # waits for the GPU, as training does
+            return loss_copy.item()  # waits for the GPU as far as training does
 
         step()
         first_step_seconds = time.time() - os.stat("/proc/self").st_ctime
         for _ in range(WARMUP_STEPS - 1):
             step()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         between_steps = torch.cuda.memory_allocated()
         dist.barrier()
         begin = time.perf_counter()
         for _ in range(arguments.steps):
             loss = step()
+        torch.cuda.synchronize()
         dist.barrier()
         seconds = (time.perf_counter() - begin) / arguments.steps
         if not math.isfinite(loss):

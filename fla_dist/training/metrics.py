@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from fla_dist.config import LoggingConfig
@@ -41,13 +43,29 @@ def peak_bf16_flops() -> float | None:
     return next((flops for word, flops in PEAK_BF16_FLOPS.items() if word in name), None)
 
 
+class HostCopy:
+    """A scalar on its way to the host. Who reads it waits for it, and not for what came after it:
+    the optimizer's kernels run while the host launches the next step."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if value.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def item(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value.item()
+
+
 class PhaseTimer:
     """Seconds spent in named phases of a step; on a GPU by events, without synchronizing inside."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -68,10 +86,11 @@ class PhaseTimer:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read; the GPU must have finished the step."""
-        for phase, start, end in self._events:
+        """Seconds by phase since the last read; what the GPU has not finished, the next one has."""
+        while self._events and self._events[0][2].query():
+            phase, start, end = self._events.popleft()
             self.add(phase, start.elapsed_time(end) / 1000)
-        seconds, self._seconds, self._events = self._seconds, {}, []
+        seconds, self._seconds = self._seconds, {}
         return seconds
 
 
@@ -93,6 +112,7 @@ class StepRecord:
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
+    """On a GPU of the step before: nobody waits for this one's end."""
     communication_wait_seconds: float
     """How long this rank waited for the others to have their batches and to end the step."""
     quarantined_units: int

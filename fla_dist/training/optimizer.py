@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fla_dist.config import LRSchedulerConfig, OptimizerConfig
 
@@ -31,25 +31,27 @@ class ClippingAdamW(torch.optim.AdamW):
 
     DeepSpeed's ZeRO 1-3 do both themselves. At ZeRO 0 in fp32 it reports no norm and would write
     NaN into the weights, but it reads these two attributes from whatever optimizer it is given.
+    Clipped gradients are divided by `grad_scale` inside of the fused update, in no pass of its own.
     """
 
     overflow = False
     _global_grad_norm = 0.0
 
     def __init__(self, groups: list[dict[str, Any]], max_norm: float, **settings: Any) -> None:
-        super().__init__(groups, **settings)
+        super().__init__(groups, fused=True, **settings)
         self._max_norm = max_norm
+        self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        parameters = (p for group in self.param_groups for p in group["params"])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._global_grad_norm = norm.item()
         self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
-        if 0 < self._max_norm < self._global_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        clips = 0 < self._max_norm < self._global_grad_norm
+        self.grad_scale = (norm / self._max_norm).float() if clips else None
         super().step()
 
 
@@ -62,10 +64,9 @@ def build_optimizer(
         "lr": config.lr,
         "betas": config.betas,
         "eps": config.eps,
-        "fused": next(model.parameters()).is_cuda,
     }
     if max_norm is None:
-        return torch.optim.AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     return ClippingAdamW(groups, max_norm, **settings)
 
 

@@ -28,7 +28,7 @@ from fla_dist.training.distributed import (
     together,
 )
 from fla_dist.training.engine import Engine, build_model, verify_gradient_scale
-from fla_dist.training.metrics import PhaseTimer, Records, StepRecord, memory_peaks
+from fla_dist.training.metrics import HostCopy, PhaseTimer, Records, StepRecord, memory_peaks
 from fla_dist.training.optimizer import learning_rate
 from fla_dist.training.plan import plan_batches
 
@@ -137,11 +137,12 @@ class Trainer:
                 loss = self.engine.loss(batch.to(self.device, non_blocking=True))
             with timer("backward"):
                 self.engine.backward(loss, max(valid_tokens, 1.0))
+            loss_sum += loss.detach()
+            loss_copy = HostCopy(loss_sum)
             with timer("optimizer"):
                 result = self.engine.step(lr)
-            loss_sum += loss.detach()
         assert result is not None
-        local_loss = loss_sum.item()
+        local_loss = loss_copy.item()
         total_loss, stops = self._agree([local_loss, self.stop_requested])
 
         state.step += 1
@@ -164,7 +165,7 @@ class Trainer:
                 data_seconds=phases["data"],
                 forward_seconds=phases["forward"],
                 backward_seconds=phases["backward"],
-                optimizer_seconds=phases["optimizer"],
+                optimizer_seconds=phases.get("optimizer", 0.0),
                 communication_wait_seconds=phases["communication_wait"],
                 quarantined_units=self.pipeline.quarantined_units,
                 tokens_per_second_per_gpu=self.plan.tokens_per_step
