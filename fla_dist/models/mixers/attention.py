@@ -57,9 +57,14 @@ class Attention(Mixer):
 
     def forward(self, normed: Normed, stream: Stream) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = rearrange(self.qkv(normed), "b t (h k) -> b t h k", k=self.head_size)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-        v = v.contiguous()  # a view would keep all of qkv for the backward, beside the turned q, k
+        # Two products: values are used as they come, and a view of one product would keep all of it
+        # for the backward, beside the turned queries and keys.
+        widths = [(heads + kv_heads) * self.head_size, kv_heads * self.head_size]
+        qk, v = (
+            rearrange(y, "b t (h k) -> b t h k", k=self.head_size)
+            for y in normed.project(*self.qkv.weight.split(widths))
+        )
+        q, k = qk.split([heads, kv_heads], dim=2)
         cosine, sine = self._rotation(stream)
         q, k = turn(q, cosine, sine), turn(k, cosine, sine)
         if self.window_size is None:
