@@ -110,9 +110,8 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_compiled_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every token once, and only what is costly to make again: nothing of the residual stream but
-    what the norms made of it, no output of the convolution and of the scan, no argument of the time
-    steps."""
+    """Of every token once, and only what is costly to make again: of the residual stream what norms
+    made of it alone; no output of the convolution, none of the scan, no argument of its steps."""
     with_kernels(monkeypatch)
     kept: list[Tensor] = []
 
