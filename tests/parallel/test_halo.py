@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fla_dist.models.layers import Normed, RMSNorm
 from fla_dist.models.mixers import attention as windows
 from fla_dist.models.mixers.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from fla_dist.models.stream import Stream
@@ -129,7 +130,8 @@ def test_queries_that_see_no_halo_attend_while_it_is_under_way(events, monkeypat
     mixer = SlidingWindowAttention(8, SlidingWindowAttentionConfig(2, 2, window_size=6), 1e-6)
     positions = positions_of([0], 20)[None]
     stream = Stream(positions, (positions == 0).int(), MeshExchange(ALONE))
-    mixer(torch.randn(1, 20, 8, requires_grad=True), stream).sum().backward()
+    x = torch.randn(1, 20, 8, requires_grad=True)
+    mixer(Normed(x, RMSNorm(8, 1e-6)), stream).sum().backward()
     assert events == [
         "halo, forward, starts", "12 queries", "halo, forward, waits", "8 queries",
         "8 queries, backward", "halo, backward, starts", "12 queries, backward",
@@ -158,12 +160,13 @@ def windowed(exchange: MeshExchange | LocalExchange, device: str, compiled: bool
     """Output and gradients of a windowed layer over 1024 tokens in documents."""
     torch.manual_seed(0)
     mixer = SlidingWindowAttention(128, SlidingWindowAttentionConfig(2, 2, window_size=300), 1e-6)
+    norm = RMSNorm(128, 1e-6).to(device)
     mixer.to(device)
     x = torch.randn(1, 1024, 128).to(device).requires_grad_()
     positions = positions_of([0, 90, 700], 1024)[None].to(device)
     stream = Stream(positions, (positions == 0).cumsum(dim=1).int(), exchange)
     mixer.prepare(stream)
-    o = (torch.compile(mixer) if compiled else mixer)(x, stream)
+    o = (torch.compile(mixer) if compiled else mixer)(Normed(x, norm), stream)
     (o * o.detach().sin()).sum().backward()
     return [o.detach(), x.grad, *(p.grad for p in mixer.parameters())]
 
