@@ -98,7 +98,7 @@ class Normed(NamedTuple):
         product, and nothing of x, since a product takes it as it is: of two axes, already cast.
         """
         kind = self.x.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # meta: the dry run
         dtype = torch.get_autocast_dtype(kind) if autocast else self.x.dtype
         rows = _Normalize.apply(self.x.flatten(0, 1), self.norm.eps, dtype)
         gain, shape = self.norm.weight, self.x.shape[:2]
