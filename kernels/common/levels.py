@@ -3,7 +3,8 @@
 Of level 0, 1, 2, ... are the pairs s < t in neighbouring blocks of 1, 2, 4, ... tokens under one
 block of twice as many. Both are measured from the border between the two, so no exponent is
 positive (fla_dist.kernels.gla.triton_kernels). Exponents are sums of log decays over spans of
-tokens: products with a matrix of zeros and ones.
+tokens: products with a matrix of zeros and ones (`spans`). Or the decays themselves are products of
+those of the level below (`next_decays`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def spans(chunk: int, dtype: torch.dtype, device: torch.device, exclusive: bool 
     return torch.stack([*levels, before, after]).to(dtype)
 
 
+@lru_cache
+def identity(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C, C], with which a product changes nothing but the layout in registers."""
+    return torch.eye(chunk, dtype=dtype, device=device)
+
+
 def span_types(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """Of the spans that sum exponents, and of those that sum their gradients."""
     if dtype == torch.float32:
@@ -50,6 +57,50 @@ def is_later(o_t, level):
 def level_pairs(o_t, level):
     """[C, C]: the tokens on the other side of the level's border."""
     return (o_t[:, None] ^ o_t[None, :]) >> level == 1
+
+
+@triton.jit
+def across(b_x, AXIS: tl.constexpr, level: tl.constexpr):
+    """Of every token (tokens lie on `AXIS` of two) the number that the token as far into the block
+    on the other side of the level's border has."""
+    ROWS: tl.constexpr = b_x.shape[0]
+    COLUMNS: tl.constexpr = b_x.shape[1]
+    LENGTH: tl.constexpr = b_x.shape[AXIS]
+    BEFORE: tl.constexpr = LENGTH >> (level + 1) if AXIS == 0 else ROWS * (LENGTH >> (level + 1))
+    AFTER: tl.constexpr = COLUMNS << level if AXIS == 0 else 1 << level
+    b_bits = tl.reshape(b_x.to(tl.int32, bitcast=True), [BEFORE, 2, AFTER])
+    b_bits ^= tl.xor_sum(b_bits, axis=1, keep_dims=True)
+    return tl.reshape(b_bits, [ROWS, COLUMNS]).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def first_decays(b_single, EXCLUSIVE: tl.constexpr):
+    """From the decays of single tokens, those of blocks of one token: from the block's start to
+    where the token reads the state (EXCLUSIVE: before its own decay), from the token to the block's
+    end, and through the block."""
+    b_one = tl.full(b_single.shape, 1.0, dtype=tl.float32)
+    return b_one if EXCLUSIVE else b_single, b_one, b_single
+
+
+@triton.jit
+def next_decays(
+    b_before, b_after, b_block, b_decay, later, AXIS: tl.constexpr, level: tl.constexpr
+):
+    """The same of blocks twice as long. b_decay: to the level's border. Products of numbers from 0
+    to 1, in fp32: one exponential a token serves all levels."""
+    b_other = across(b_block, AXIS, level)
+    b_beyond = b_decay * b_other
+    b_before = tl.where(later, b_beyond, b_before)
+    b_after = tl.where(later, b_after, b_beyond)
+    return b_before, b_after, b_block * b_other
+
+
+@triton.jit
+def program_chunk(H):
+    """batch, chunk, head of a program in a grid (N·H, B): heads that lie side by side in memory run
+    at the same time."""
+    chunk = tl.program_id(0) // H
+    return tl.program_id(1), chunk, tl.program_id(0) - chunk * H
 
 
 @triton.jit

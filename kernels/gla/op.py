@@ -46,10 +46,10 @@ class SegmentedGLA(torch.autograd.Function):
         joined = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
         )
-        outer_dq, sums = query_gradient(do, v, q_in, k_out, chunk_decay, entering, ctx.scale)
+        outer_dq, *of_chunks = query_gradient(do, v, q_in, k_out, chunk_decay, entering, ctx.scale)
         leaving_gradient, initial_gradient = joined.wait()
         dq, dk, dv, dg, bonus_gradient = backward(
-            q, k, v, do, g, bonus, doc_ids, *prepared, outer_dq, sums, entering, final,
+            q, k, v, do, g, bonus, doc_ids, *prepared, outer_dq, *of_chunks, entering, final,
             leaving_gradient, ctx.scale,
         )  # fmt: skip
         return (

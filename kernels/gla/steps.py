@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
-from fla_dist.kernels.common.levels import span_types, spans
+from fla_dist.kernels.common.levels import identity, span_types, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gla.settings import Settings, settings
 from fla_dist.kernels.gla.triton_kernels import (
     pair_gradient_kernel,
     prepare_kernel,
+    score_gradient_kernel,
     summarize_kernel,
     walk_kernel,
 )
@@ -22,6 +22,8 @@ from fla_dist.kernels.state import RESET
 TILE = 16
 CHUNK = 2 * TILE
 """Tokens: see triton_kernels.py."""
+WIDEST = 128
+"""V up to which the walk for dq has room for the scores' gradient too."""
 _LEVELS = TILE.bit_length() - 1
 
 
@@ -48,19 +50,19 @@ def prepare(
     chosen, _ = _settings(q, v)
     launch = chosen.prepare
     q_in, k_out = (q.new_empty(batch, heads, length, key_size) for _ in range(2))
-    chunks = triton.cdiv(length, CHUNK)
+    chunks = -(-length // CHUNK)
     chunk_decay = q.new_empty(batch, heads, chunks, key_size, dtype=torch.float32)
     scores = q.new_empty(batch, heads, length, CHUNK)
-    prepare_kernel[(chunks, batch * heads)](
+    prepare_kernel[(chunks * heads, batch)](
         q, g if k is None else k, g, bonus, doc_ids,
-        spans(TILE, span_types(q.dtype)[0], q.device, bonus is not None),
+        identity(TILE, span_types(q.dtype)[0], q.device),
         q_in, k_out, chunk_decay, scores,
         length, heads, key_size, scale,
         *strides(q), *strides(g if k is None else k), *strides(g),
         RESET=RESET, TILE=TILE, LEVELS=_LEVELS,
         BK=min(padded(key_size, q.element_size()), launch.block), FREE_KEYS=k is None,
-        BONUS=bonus is not None, PACKED=doc_ids is not None, PRECISION=precision(q),
-        **launch.options(),
+        BONUS=bonus is not None, PACKED=doc_ids is not None, STAGES=launch.stages,
+        PRECISION=precision(q), **launch.options(),
     )  # fmt: skip
     return q_in, k_out, chunk_decay, scores
 
@@ -86,7 +88,7 @@ def summarize(y: Tensor, z: Tensor, chunk_decay: Tensor, reverse: bool) -> tuple
     launch = chosen.summarize
     block_k = min(padded(key_size, itemsize), 128)
     block_v = min(padded(value_size, itemsize), launch.block)
-    blocks = triton.cdiv(key_size, block_k) * triton.cdiv(value_size, block_v)
+    blocks = -(-key_size // block_k) * -(-value_size // block_v)
     summarize_kernel[(blocks, count, batch * heads)](
         y, z, chunk_decay, state, log_decay,
         length, heads, key_size, value_size, segment, *strides(z),
@@ -116,6 +118,7 @@ def _walk(
     *,
     reverse: bool,
     scale: float,
+    pairs: bool = False,
     keys: tuple[Tensor, ...] | None = None,
     value_side: Tensor | None = None,
 ) -> None:
@@ -128,7 +131,7 @@ def _walk(
         block_v = min(block_v, launch.block)
     else:
         block_k = min(block_k, launch.block)
-    blocks = triton.cdiv(key_size, block_k) * triton.cdiv(value_size, block_v)
+    blocks = -(-key_size // block_k) * -(-value_size // block_v)
     key_side, *others = keys if keys is not None else (scores,) * 5
     walk_kernel[(blocks, state.shape[1], batch * heads)](
         x, z if w is None else w, y, z, scores, chunk_decay, state, key_side,
@@ -136,7 +139,8 @@ def _walk(
         length, heads, key_size, value_size, segment, scale,
         *strides(z if w is None else w), *strides(z),
         C=CHUNK, BK=block_k, BV=block_v, KEYS=keys is not None, VALUES=value_side is not None,
-        REVERSE=reverse, PRECISION=precision(x), STAGES=launch.stages, **launch.options(),
+        PAIRS=pairs, REVERSE=reverse, PRECISION=precision(x), STAGES=launch.stages,
+        **launch.options(),
     )  # fmt: skip
 
 
@@ -168,25 +172,35 @@ def query_gradient(
     chunk_decay: Tensor,
     entering: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """scale S do [B, T, H, K] from the states that enter the segments, and Σ_t q̄_t ⊙ (S do_t) of
-    chunks and their later tiles [B, H, N, 2, K]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale S do [B, T, H, K] from the states that enter the segments, Σ_t q̄_t ⊙ (S do_t) of chunks
+    and their later tiles [B, H, N, 2, K], and the scores' gradient [B, H, T, C]."""
     chosen, segment = _settings(q_in, v)
     batch, heads, chunks, key_size = chunk_decay.shape
     out = q_in.new_empty(batch, q_in.shape[2], heads, key_size)
     sums = chunk_decay.new_empty(batch, heads, chunks, 2, key_size)
+    score_gradient = q_in.new_empty(batch, heads, q_in.shape[2], CHUNK)
+    pairs = v.shape[-1] <= WIDEST
     _walk(
-        chosen.query_gradient, segment, (q_in, do, k_out, v), sums, chunk_decay, entering,
-        reverse=False, scale=scale, keys=(out, sums, entering, entering, sums),
+        chosen.query_gradient, segment, (q_in, do, k_out, v), score_gradient, chunk_decay, entering,
+        reverse=False, scale=scale, pairs=pairs, keys=(out, sums, entering, entering, sums),
     )  # fmt: skip
-    return out, sums
+    if not pairs:
+        score_gradient_kernel[(chunks * heads, batch)](
+            do, v, score_gradient,
+            q_in.shape[2], heads, v.shape[-1], scale, *strides(do), *strides(v),
+            C=CHUNK, BV=min(padded(v.shape[-1], v.element_size()), 64), PRECISION=precision(v),
+            **chosen.pair_gradient.options(),
+        )  # fmt: skip
+    return out, sums, score_gradient
 
 
 @query_gradient.register_fake
 def _(do, v, q_in, k_out, chunk_decay, entering, scale):
     batch, heads, length, key_size = q_in.shape
     sums = (batch, heads, chunk_decay.shape[2], 2, key_size)
-    return q_in.new_empty(batch, length, heads, key_size), chunk_decay.new_empty(sums)
+    out = q_in.new_empty(batch, length, heads, key_size)
+    return out, chunk_decay.new_empty(sums), q_in.new_empty(batch, heads, length, CHUNK)
 
 
 @step("fla_dist::gla_backward")
@@ -204,6 +218,7 @@ def backward(
     scores: Tensor,
     outer_dq: Tensor,
     sums: Tensor,
+    score_gradient: Tensor,
     entering: Tensor,
     final: Tensor,
     leaving_gradient: Tensor,
@@ -236,15 +251,15 @@ def backward(
     bonus_gradient = chunk_decay.new_empty(
         (batch, heads, chunks, key_size) if bonus is not None else (0,)
     )
-    pair_gradient_kernel[(chunks, batch * heads)](
-        q, g if k is None else k, v, do, g, bonus, doc_ids,
-        *(spans(TILE, each, q.device, bonus is not None) for each in span_types(q.dtype)),
-        carries, outer_dq, dq, dk, dg, bonus_gradient,
-        length, heads, key_size, value_size, scale,
-        *strides(q), *strides(g if k is None else k), *strides(v), *strides(do), *strides(g),
+    pair_gradient_kernel[(chunks * heads, batch)](
+        q, g if k is None else k, g, bonus, doc_ids,
+        identity(TILE, span_types(q.dtype)[0], q.device),
+        spans(TILE, span_types(q.dtype)[1], q.device, bonus is not None),
+        score_gradient, carries, outer_dq, dq, dk, dg, bonus_gradient,
+        length, heads, key_size, *strides(q), *strides(g if k is None else k), *strides(g),
         TILE=TILE, LEVELS=_LEVELS, BK=min(padded(key_size, itemsize), launch.block),
-        BV=min(padded(value_size, itemsize), 64), FREE_KEYS=k is None, BONUS=bonus is not None,
-        PACKED=doc_ids is not None, SPLIT=q.dtype == torch.float16, PRECISION=precision(q),
+        FREE_KEYS=k is None, BONUS=bonus is not None, PACKED=doc_ids is not None,
+        SPLIT=q.dtype == torch.float16, STAGES=launch.stages, PRECISION=precision(q),
         **launch.options(),
     )  # fmt: skip
     return dq, dk, dv, dg, bonus_gradient
@@ -252,8 +267,8 @@ def backward(
 
 @backward.register_fake
 def _(
-    q, k, v, do, g, bonus, doc_ids, q_in, k_out, chunk_decay, scores, outer_dq, sums, entering,
-    final, leaving_gradient, scale,
+    q, k, v, do, g, bonus, doc_ids, q_in, k_out, chunk_decay, scores, outer_dq, sums,
+    score_gradient, entering, final, leaving_gradient, scale,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape), q.new_empty(q.shape), v.new_empty(v.shape), g.new_empty(g.shape),

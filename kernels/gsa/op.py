@@ -11,7 +11,7 @@ from fla_dist.kernels.common.fold import on_gpu
 from fla_dist.kernels.common.launch import capability, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gsa.reference import gsa_chunked
-from fla_dist.kernels.gsa.settings import CHECKED
+from fla_dist.kernels.gsa.settings import CHECKED, SHORTEST
 from fla_dist.kernels.gsa.steps import (
     decay_gradient,
     output,
@@ -123,7 +123,7 @@ def gsa(
     check("gsa", "g", g, (batch, length, heads, slots), q)
     check("gsa", "initial_state", initial_state, (batch, heads, slots, width), q)
     scale = key_size**-0.5 if scale is None else scale
-    checked = (q.dtype, slots, key_size, v.shape[-1]) in CHECKED
+    checked = (q.dtype, slots, key_size, v.shape[-1]) in CHECKED and length >= SHORTEST
     if capability(q) != 90 or not checked:
         o, final_state = gsa_chunked(
             q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import Launch, padded, precision, step, strides
-from fla_dist.kernels.common.levels import spans
+from fla_dist.kernels.common.levels import identity, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gsa.settings import Settings, settings
 from fla_dist.kernels.gsa.triton_kernels import (
@@ -38,8 +37,8 @@ def _unit_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def _exponent_spans(chosen: Settings, x: Tensor) -> Tensor:
-    return spans(chosen.chunk, _unit_type(x.dtype), x.device)
+def _identity(chosen: Settings, x: Tensor) -> Tensor:
+    return identity(chosen.chunk, _unit_type(x.dtype), x.device)
 
 
 def _compiled(chosen: Settings, launch: Launch, x: Tensor, slots: int) -> dict[str, Any]:
@@ -67,14 +66,14 @@ def prepare(
     pairs [B, H, T, C], and what a gathers inside the chunk [B, H, T, M]."""
     batch, length, heads, slots = g.shape
     chosen, _ = _settings(a, b)
-    launch, chunks = chosen.prepare, triton.cdiv(length, chosen.chunk)
+    launch, chunks = chosen.prepare, -(-length // chosen.chunk)
     taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(2))
     decay_in = torch.empty_like(inside, dtype=_unit_type(a.dtype))
     chunk_decay = a.new_empty(batch, heads, chunks, slots, dtype=torch.float32)
     products = a.new_empty(batch, heads, length, chosen.chunk)
     size = a.shape[-1]
-    prepare_kernel[(chunks, batch * heads)](
-        a, b, g, doc_ids, _exponent_spans(chosen, a),
+    prepare_kernel[(chunks * heads, batch)](
+        a, b, g, doc_ids, _identity(chosen, a),
         decay_in, taken_out, chunk_decay, products, inside,
         length, heads, slots, size, scale, *strides(a), *strides(b), *strides(g),
         RESET=RESET, LEVELS=_levels(chosen), BX=min(padded(size, a.element_size()), launch.block),
@@ -113,7 +112,7 @@ def summarize(
     for y, z, offset in ((y_keys, keys, 0), (y_values, values, keys.shape[-1])):
         size = z.shape[-1]
         block = min(padded(size, z.element_size()), launch.block)
-        summarize_kernel[(triton.cdiv(size, block), count, batch * heads)](
+        summarize_kernel[(-(-size // block), count, batch * heads)](
             y, z, chunk_decay, state, log_decay,
             length, heads, slots, size, width, offset, segment, *strides(z),
             BX=block, REVERSE=reverse, **_walk(chosen, launch, z, slots),
@@ -157,8 +156,8 @@ def _scores(
 ) -> Tensor:
     batch, heads, length, slots = c.shape
     scores = c.new_empty(batch, heads, length, chosen.chunk, dtype=dtype)
-    score_kernel[(triton.cdiv(length, chosen.chunk), batch * heads)](
-        c, g, doc_ids, _exponent_spans(chosen, c), scores,
+    score_kernel[(-(-length // chosen.chunk) * heads, batch)](
+        c, g, doc_ids, _identity(chosen, c), scores,
         length, heads, slots, *strides(g),
         LEVELS=_levels(chosen), PACKED=doc_ids is not None,
         **_compiled(chosen, chosen.scores, c, slots),
@@ -174,7 +173,7 @@ def _spread(
     batch, heads, length, slots = c_in.shape
     size, launch, out = z.shape[-1], chosen.spread, z.new_empty(z.shape)
     block = min(padded(size, z.element_size()), launch.block)
-    blocks = triton.cdiv(size, block)
+    blocks = -(-size // block)
     sums = None if a is None else chunk_decay.new_empty(blocks, *chunk_decay.shape)
     spread_kernel[(blocks, state.shape[1], batch * heads)](
         a, c_in, z, taken_out, chunk_decay, scores, state, out, sums,
@@ -359,14 +358,16 @@ def decay_gradient(
     batch, length, heads, slots = g.shape
     chosen, _ = _settings(k, v)
     launch, dg = chosen.decay_gradient, g.new_empty(g.shape)
+    of_pairs = identity(chosen.chunk, k.dtype, g.device)
     gradient_spans = spans(chosen.chunk, k.dtype, g.device)
     compiled = _compiled(chosen, launch, k, slots)
     compiled["BM"] = min(compiled["BM"], launch.block)
-    decay_gradient_kernel[(carries.shape[3], triton.cdiv(slots, compiled["BM"]), batch * heads)](
+    blocks = -(-slots // compiled["BM"])
+    decay_gradient_kernel[(carries.shape[3] * heads * blocks, batch)](
         g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,
-        doc_ids, _exponent_spans(chosen, k), gradient_spans, dg,
+        doc_ids, _identity(chosen, k), of_pairs, gradient_spans, dg,
         length, heads, slots, *strides(g),
-        LEVELS=_levels(chosen), PACKED=doc_ids is not None, **compiled,
+        LEVELS=_levels(chosen), BLOCKS=blocks, PACKED=doc_ids is not None, **compiled,
     )  # fmt: skip
     return dg
 

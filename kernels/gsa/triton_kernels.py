@@ -30,25 +30,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_dist.kernels.common.levels import chunk_documents, is_later, level_pairs, summands
+from fla_dist.kernels.common.levels import (
+    across,
+    chunk_documents,
+    first_decays,
+    is_later,
+    level_pairs,
+    next_decays,
+    program_chunk,
+    summands,
+)
 from fla_dist.kernels.common.segments import LOG2_E, negligible
 
 
 @triton.jit
-def taken(b_g):
-    """f = 1 - e^g, by its series where g is small."""
-    b_g = b_g.to(tl.float32)
-    b_series = -b_g * (1 + b_g * 0.5 * (1 + b_g * 0.33333333 * (1 + b_g * 0.25)))
-    return tl.where(b_g > -0.0625, b_series, 1 - tl.exp2(b_g * LOG2_E))
-
-
-@triton.jit
-def span_decays(b_summands, spans, index, C: tl.constexpr):
-    """[M, C]: the decays over a span of each token: to its border of the level; from the chunk's
-    start (index LEVELS); to its end (LEVELS + 1)."""
+def single_decays(b_g, identity, TOKENS: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """e^g of single tokens, which lie on the axis TOKENS; f = 1 - e^g, by its series where g is
+    small; and g. All are in the layout of products, so that nothing is computed in two."""
     o_c = tl.arange(0, C)
-    b_span = tl.load(spans + index * C * C + o_c[None, :] * C + o_c[:, None])
-    return tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
+    b_identity = tl.load(identity + o_c[:, None] * C + o_c[None, :])
+    if TOKENS == 0:
+        b_single = tl.exp2(tl.dot(b_identity, summands(b_g, EXACT), input_precision="ieee"))
+    else:
+        b_single = tl.exp2(tl.dot(summands(b_g, EXACT), b_identity, input_precision="ieee"))
+    b_g = b_single * 0 + b_g
+    b_series = -b_g * (1 + b_g * 0.5 * (1 + b_g * 0.33333333 * (1 + b_g * 0.25)))
+    return b_single, tl.where(b_g > -0.0625, b_series, 1 - b_single), b_g
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def shared(b_state, b_y, b_z, PRECISION: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    a, b, g, doc_ids, spans, decay_in, taken_out, chunk_decay, products, inside,
+    a, b, g, doc_ids, identity, decay_in, taken_out, chunk_decay, products, inside,
     T, H, M, X, scale,
     a_stride_b, a_stride_t, a_stride_h, b_stride_b, b_stride_t, b_stride_h, g_stride_b, g_stride_t,
     g_stride_h,
@@ -74,10 +81,10 @@ def prepare_kernel(
     mean over the slots: the softmax, and its gradient, are the same with any number added to all
     slots, and without the mean half precision keeps what tells them apart.
 
-    Grid: (N, B·H). Reads a, b, g once; writes 3M + C numbers a token.
+    Grid: (N·H, B). Reads a, b, g once; writes 3M + C numbers a token.
     """
-    chunk, batch, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    start = chunk * C
+    batch, chunk, head = program_chunk(H)
+    start, stream = chunk * C, batch.to(tl.int64) * H + head
     o_c, o_m = tl.arange(0, C), tl.arange(0, BM)
     mask_c, mask_m = o_c < T - start, o_m < M
     mask = mask_m[:, None] & mask_c[None, :]
@@ -87,7 +94,7 @@ def prepare_kernel(
     a += start.to(tl.int64) * a_stride_t
     b += start.to(tl.int64) * b_stride_t
     g += start.to(tl.int64) * g_stride_t
-    row = tl.program_id(1).to(tl.int64) * T + start
+    row = stream * T + start
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
     b_document, b_continues, b_last, passes = chunk_documents(doc_ids, start, T, C, PACKED)
@@ -105,31 +112,35 @@ def prepare_kernel(
         b_product = tl.dot(b_a, tl.trans(b_b), b_product, input_precision=PRECISION)
     b_product = tl.where(visible, b_product * scale, 0.0)
     b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_product, 0.0), axis=0)
-    b_product = b_product.to(products.dtype.element_ty)
-    tl.store(products + row * C + o_c[:, None] * C + o_c[None, :], b_product, mask=mask_c[:, None])
+    # Transposed before it is rounded, it enters products from registers.
+    b_transposed = tl.trans(b_product)
+    dtype: tl.constexpr = products.dtype.element_ty
+    p_product = products + row * C + o_c[:, None] * C + o_c[None, :]
+    tl.store(p_product, b_product.to(dtype), mask=mask_c[:, None])
 
-    b_summands, b_taken = summands(b_g, PRECISION == "ieee"), taken(b_g)
+    b_single, b_taken, b_g = single_decays(b_g, identity, 1, C, PRECISION == "ieee")
+    b_in, b_out, b_block = b_single, b_taken, b_single
+    b_inside = b_taken * b_own[None, :]
+    for level in tl.static_range(LEVELS):
+        later = is_later(o_c, level)[None, :]
+        b_pairs = tl.where(level_pairs(o_c, level), b_transposed, 0.0).to(dtype)
+        b_inside += b_in * tl.dot(b_out.to(dtype), b_pairs, input_precision=PRECISION)
+        b_other = across(b_block, 1, level)
+        b_in = tl.where(later, b_in * b_other, b_in)
+        b_out = tl.where(later, b_out, b_out * b_other)
+        b_block *= b_other
+    b_inside -= (tl.sum(tl.where(mask_m[:, None], b_inside, 0.0), axis=0) / M)[None, :]
+
     o_mc = row * M + o_c[None, :] * M + o_m[:, None]
-    b_in = span_decays(b_summands, spans, LEVELS, C)
-    b_out = b_taken * span_decays(b_summands, spans, LEVELS + 1, C)
-    b_total = tl.sum(b_g.to(tl.float32), axis=1)
+    b_total = tl.sum(b_g, axis=1)
     if PACKED:
         b_in = tl.where(b_continues[None, :], b_in, 0.0)
         b_out = tl.where(b_last[None, :], b_out, 0.0)
         b_total = tl.where(passes, b_total, RESET)
     tl.store(decay_in + o_mc, b_in.to(decay_in.dtype.element_ty), mask=mask)
     tl.store(taken_out + o_mc, b_out.to(taken_out.dtype.element_ty), mask=mask)
-    p_decay = chunk_decay + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk) * M + o_m
-    tl.store(p_decay, b_total, mask=mask_m)
-
-    b_inside = b_taken * b_own[None, :]
-    for level in tl.static_range(LEVELS):
-        b_decay = span_decays(b_summands, spans, level, C)
-        b_pairs = tl.where(level_pairs(o_c, level), b_product, 0.0).to(b_product.dtype)
-        b_level = (b_taken * b_decay).to(b_product.dtype)
-        b_inside += b_decay * tl.dot(b_level, tl.trans(b_pairs), input_precision=PRECISION)
-    b_inside -= (tl.sum(tl.where(mask_m[:, None], b_inside, 0.0), axis=0) / M)[None, :]
     tl.store(inside + o_mc, b_inside.to(inside.dtype.element_ty), mask=mask)
+    tl.store(chunk_decay + (stream * tl.cdiv(T, C) + chunk) * M + o_m, b_total, mask=mask_m)
 
 
 @triton.jit
@@ -255,39 +266,47 @@ def gather_kernel(
 
 @triton.jit
 def score_kernel(
-    c, g, doc_ids, spans, scores,
+    c, g, doc_ids, identity, scores,
     T, H, M, g_stride_b, g_stride_t, g_stride_h,
     C: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scores of the pairs s <= t, of c = w or dl.
 
-    Grid: (N, B·H). Reads c and g once, writes C numbers a token.
+    Grid: (N·H, B). Reads c and g once, writes C numbers a token.
     """
-    start, batch, head = tl.program_id(0) * C, tl.program_id(1) // H, tl.program_id(1) % H
+    batch, chunk, head = program_chunk(H)
+    start = chunk * C
     o_c, o_m = tl.arange(0, C), tl.arange(0, BM)
     mask_c = o_c < T - start
     mask = mask_c[:, None] & (o_m < M)[None, :]
     g += batch.to(tl.int64) * g_stride_b + start.to(tl.int64) * g_stride_t
     g += head.to(tl.int64) * g_stride_h
-    row = tl.program_id(1).to(tl.int64) * T + start
+    row = (batch.to(tl.int64) * H + head) * T + start
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
     b_document, _, _, _ = chunk_documents(doc_ids, start, T, C, PACKED)
     o_pair = o_c[:, None] * C + o_c[None, :]
     b_g = tl.load(g + o_c[:, None] * g_stride_t + o_m[None, :], mask=mask, other=0.0)
     b_c = tl.load(c + row * M + o_c[:, None] * M + o_m[None, :], mask=mask, other=0.0)
-    b_c, b_taken = b_c.to(tl.float32), taken(b_g)
-    b_summands = summands(b_g, PRECISION == "ieee")
+    b_block, b_taken, _ = single_decays(b_g, identity, 0, C, PRECISION == "ieee")
+    b_c = b_block * 0 + b_c
     b_own = tl.sum(b_c * b_taken, axis=1)[:, None]
     b_score = tl.where(o_c[:, None] == o_c[None, :], b_own, 0.0)
+    b_before, b_after = b_c * b_block, b_taken
+    dtype: tl.constexpr = c.dtype.element_ty
     for level in tl.static_range(LEVELS):
-        b_span = tl.load(spans + level * C * C + o_pair)
-        b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
-        b_side = tl.where(is_later(o_c, level)[:, None], b_c, b_taken) * b_decay
-        b_side = b_side.to(c.dtype.element_ty)
-        b_pairs = tl.dot(b_side, tl.trans(b_side), input_precision=PRECISION)
+        later = is_later(o_c, level)[:, None]
+        b_side = tl.where(later, b_before, b_after)
+        b_transposed = tl.trans(b_side).to(dtype)
+        b_pairs = tl.dot(b_side.to(dtype), b_transposed, input_precision=PRECISION)
         b_score += tl.where(level_pairs(o_c, level), b_pairs, 0.0)
+        if level < LEVELS - 1:
+            b_other = across(b_block, 0, level)
+            b_side *= b_other
+            b_before = tl.where(later, b_side, b_before)
+            b_after = tl.where(later, b_after, b_side)
+            b_block *= b_other
     visible = o_c[:, None] >= o_c[None, :]
     if PACKED:
         visible = visible & (b_document[:, None] == b_document[None, :])
@@ -439,27 +458,39 @@ def source_gradient_kernel(
 
 
 @triton.jit
+def mirrored(p_pairs, b_identity, o_c, mask_c):
+    """A chunk's products of pairs and, in place of the zeros above the diagonal, their mirror
+    image; multiplied by the identity, so that transposed they enter products from registers."""
+    b_x = tl.load(p_pairs, mask=mask_c[:, None], other=0.0)
+    b_lower = tl.dot(b_x, b_identity, input_precision="ieee")
+    b_upper = tl.dot(tl.trans(b_x), b_identity, input_precision="ieee")
+    return tl.where(o_c[:, None] >= o_c[None, :], b_lower, b_upper)
+
+
+@triton.jit
 def decay_gradient_kernel(
     g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,
-    doc_ids, spans, gradient_spans, dg,
+    doc_ids, identity, pair_identity, gradient_spans, dg,
     T, H, M, g_stride_b, g_stride_t, g_stride_h,
-    C: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dg: the gradients of the exponents over each token, of every level's spans and of those from
     the chunk's start and to its end, the carries over the whole chunk, and -e^g times the gradient
     of f.
 
-    Grid: (N, blocks of M, B·H). Reads g, four arrays of its size and two of pairs; writes dg.
+    Grid: (N·H·BLOCKS, B). Reads g, four arrays of its size and two of pairs; writes dg.
     """
-    start, block = tl.program_id(0) * C, tl.program_id(1)
-    batch, head = tl.program_id(2) // H, tl.program_id(2) % H
+    batch, chunk, head_block = program_chunk(H * BLOCKS)
+    head, block = head_block // BLOCKS, head_block % BLOCKS
+    start, chunks = chunk * C, tl.cdiv(T, C)
+    stream = batch.to(tl.int64) * H + head
     o_c, o_m = tl.arange(0, C), block * BM + tl.arange(0, BM)
     mask_c, mask_m = o_c < T - start, o_m < M
     mask = mask_m[:, None] & mask_c[None, :]
     g += batch.to(tl.int64) * g_stride_b + start.to(tl.int64) * g_stride_t
     g += head.to(tl.int64) * g_stride_h
-    row = tl.program_id(2).to(tl.int64) * T + start
+    row = stream * T + start
     dg += ((batch.to(tl.int64) * T + start) * H + head) * M
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
@@ -468,7 +499,6 @@ def decay_gradient_kernel(
     # Transposed, [M, C]: what one product returns enters the next as it is.
     o_mc = row * M + o_m[:, None] + o_c[None, :] * M
     o_pair = o_c[:, None] * C + o_c[None, :]
-    o_transposed = o_c[None, :] * C + o_c[:, None]
     b_g = tl.load(g + o_m[:, None] + o_c[None, :] * g_stride_t, mask=mask, other=0.0)
     b_weight = tl.load(weights + o_mc, mask=mask, other=0.0).to(tl.float32)
     b_gradient = tl.load(gradients + o_mc, mask=mask, other=0.0).to(tl.float32)
@@ -476,44 +506,47 @@ def decay_gradient_kernel(
     b_of_taken = tl.load(taken_gradient + o_mc, mask=mask, other=0.0).to(tl.float32)
     key_products += row * C
     value_products += row * C
-    mask_pair, mask_transposed = mask_c[:, None], mask_c[None, :]
-    b_of_keys = tl.load(key_products + o_pair, mask=mask_pair, other=0.0)
-    b_of_keys_t = tl.load(key_products + o_transposed, mask=mask_transposed, other=0.0)
-    b_of_values = tl.load(value_products + o_pair, mask=mask_pair, other=0.0)
-    b_of_values_t = tl.load(value_products + o_transposed, mask=mask_transposed, other=0.0)
-    later_row, diagonal = o_c[:, None] > o_c[None, :], o_c[:, None] == o_c[None, :]
-    b_of_keys = tl.where(later_row, b_of_keys, b_of_keys_t)
-    b_of_values = tl.where(later_row, b_of_values, b_of_values_t)
-    b_own_keys = tl.sum(tl.where(diagonal, b_of_keys.to(tl.float32), 0.0), axis=0)
-    b_own_values = tl.sum(tl.where(diagonal, b_of_values.to(tl.float32), 0.0), axis=0)
+    b_identity = tl.load(pair_identity + o_pair)
+    b_of_keys = mirrored(key_products + o_pair, b_identity, o_c, mask_c)
+    b_of_values = mirrored(value_products + o_pair, b_identity, o_c, mask_c)
+    o_own = o_c * (C + 1)
+    b_own_keys = tl.load(key_products + o_own, mask=mask_c, other=0.0).to(tl.float32)
+    b_own_values = tl.load(value_products + o_own, mask=mask_c, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = key_products.dtype.element_ty
 
-    b_summands, b_taken = summands(b_g, PRECISION == "ieee"), taken(b_g)
-    b_of_taken *= span_decays(b_summands, spans, LEVELS + 1, C)
-    if PACKED:
-        b_of_taken = tl.where(b_last[None, :], b_of_taken, 0.0)
-    b_before = tl.load(gradient_spans + LEVELS * C * C + o_pair)
-    b_after = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
-    b_dg = tl.dot(b_exponent.to(b_before.dtype), b_before, input_precision="ieee")
-    b_change = (b_taken * b_of_taken).to(b_after.dtype)
-    b_dg = tl.dot(b_change, b_after, b_dg, input_precision="ieee")
-    b_of_taken += b_gradient * b_own_keys[None, :] + b_weight * b_own_values[None, :]
+    b_single, b_taken, b_g = single_decays(b_g, identity, 1, C, PRECISION == "ieee")
+    b_before, b_after, b_block = first_decays(b_single, False)
+    b_dg = tl.zeros(b_g.shape, dtype=tl.float32)
+    b_of_pairs = b_gradient * b_own_keys[None, :] + b_weight * b_own_values[None, :]
     for level in tl.static_range(LEVELS):
         b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
         later, pairs = is_later(o_c, level)[None, :], level_pairs(o_c, level)
-        b_decay = span_decays(b_summands, spans, level, C)
-        b_side = (tl.where(later, b_gradient, b_taken) * b_decay).to(b_of_keys.dtype)
-        b_pairs = tl.where(pairs, b_of_keys, 0.0).to(b_of_keys.dtype)
-        b_keys = tl.dot(b_side, b_pairs, input_precision=PRECISION) * b_decay
-        b_side = (tl.where(later, b_weight, b_taken) * b_decay).to(b_of_values.dtype)
-        b_pairs = tl.where(pairs, b_of_values, 0.0).to(b_of_values.dtype)
-        b_values = tl.dot(b_side, b_pairs, input_precision=PRECISION) * b_decay
-        b_earlier = tl.where(later, 0.0, b_keys + b_values)
-        b_later = tl.where(later, b_gradient * b_keys + b_weight * b_values, 0.0)
-        b_of_taken += b_earlier
-        b_change = (b_later + b_taken * b_earlier).to(b_gradient_span.dtype)
+        b_decay = tl.where(later, b_before, b_after)
+        b_level = tl.trans(tl.where(pairs, b_of_keys, 0.0)).to(dtype)
+        b_side = tl.where(later, b_gradient, b_taken) * b_decay
+        b_keys = tl.dot(b_side.to(dtype), b_level, input_precision=PRECISION)
+        b_change = b_side * b_keys
+        b_level = tl.trans(tl.where(pairs, b_of_values, 0.0)).to(dtype)
+        b_side = tl.where(later, b_weight, b_taken) * b_decay
+        b_values = tl.dot(b_side.to(dtype), b_level, input_precision=PRECISION)
+        b_change = (b_change + b_side * b_values).to(b_gradient_span.dtype)
+        b_earlier = b_of_pairs + b_decay * (b_keys + b_values)
+        b_of_pairs = tl.where(later, b_of_pairs, b_earlier)
         b_dg = tl.dot(b_change, b_gradient_span, b_dg, input_precision="ieee")
-    p_carry = carries + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * M
-    side = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * M
+        b_before, b_after, b_block = next_decays(
+            b_before, b_after, b_block, b_decay, later, 1, level
+        )
+    b_of_taken *= b_after
+    if PACKED:
+        b_of_taken = tl.where(b_last[None, :], b_of_taken, 0.0)
+    b_span_before = tl.load(gradient_spans + LEVELS * C * C + o_pair)
+    b_span_after = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
+    b_dg = tl.dot(b_exponent.to(b_span_before.dtype), b_span_before, b_dg, input_precision="ieee")
+    b_change = (b_taken * b_of_taken).to(b_span_after.dtype)
+    b_dg = tl.dot(b_change, b_span_after, b_dg, input_precision="ieee")
+    b_of_taken += b_of_pairs
+    p_carry = carries + (stream * chunks + chunk) * M
+    side = tl.num_programs(1).to(tl.int64) * H * chunks * M
     b_carry = tl.load(p_carry + o_m, mask=mask_m, other=0.0)
     b_carry += tl.load(p_carry + side + o_m, mask=mask_m, other=0.0)
     b_dg += b_carry[:, None] - (1 - b_taken) * b_of_taken

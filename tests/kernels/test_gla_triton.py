@@ -29,9 +29,11 @@ from tests.kernels.interpreter import interpreted, run_interpreted
 )
 def test_interpreter_matches_reference(op, decay, packed, block, monkeypatch):
     """A segment of two chunks and one of a part of a chunk; where the block holds all keys and
-    values, dk and dv in one walk. The bonus is the first token's key: its gradient is in dk."""
+    values, dk and dv in one walk; where not packed, the scores' gradient beside that for dq. The
+    bonus is the first token's key: its gradient is in dk."""
     chosen = Settings(*(Launch(block, 4, 1),) * 6, programs=1, longest=64)
     monkeypatch.setattr(steps, "settings", lambda *_: chosen)
+    monkeypatch.setattr(steps, "WIDEST", 16 if packed else 8)
     case = make_case(
         (1, 75, 1, 24, 16), decay, packed=packed, dtype=torch.float32, device="cpu", vector=True
     )
