@@ -26,10 +26,11 @@ from fla_dist.kernels.state import LOCAL, Dense, Scan
 
 class SegmentedGatedDeltaRule(torch.autograd.Function):
     """Solve the chunks, summarize the segments, join them, walk them; the backward mirrors it. One
-    segment that no other process continues is walked without a summary."""
+    segment that no other process continues is walked without a summary. keep: what only a backward
+    needs."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, g, beta, initial_state, doc_ids, scale, scan):
+    def forward(ctx: Any, q, k, v, g, beta, initial_state, doc_ids, scale, scan, keep):
         inverse, scores, weights, through = prepare(q, k, v, g, beta, doc_ids, scale)
         pending = None
         if scan is LOCAL and segments(q, v) == 1:
@@ -38,10 +39,11 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
             state, transition = summarize(k, v, weights, through, inverse)
             pending = on_gpu(scan).start(Dense(transition), state, initial_state)
             entering, _ = pending.wait()
-        o, written, final = output(
-            q, k, v, weights, through, inverse, scores, entering, scale
+        o, written, states, final = output(
+            q, k, v, weights, through, inverse, scores, entering, scale,
+            keep and any(ctx.needs_input_grad),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, doc_ids, inverse, scores, weights, through, written, entering)
+        ctx.save_for_backward(q, k, doc_ids, inverse, scores, weights, through, written, states)
         ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
         ctx.gate_dtypes = None if g is None else g.dtype, beta.dtype
         ctx.has_initial = initial_state is not None
@@ -50,7 +52,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, doc_ids, inverse, scores, weights, through, written, entering = ctx.saved_tensors
+        q, k, doc_ids, inverse, scores, weights, through, written, states = ctx.saved_tensors
         do = torch.zeros_like(written) if do is None else rows_contiguous(do)
         from_scan = None
         if ctx.pending is None:
@@ -65,7 +67,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
             leaving_gradient, from_scan = pending.wait()
         gate_dtype, beta_dtype = ctx.gate_dtypes
         dq, dk, dv, dg, dbeta, initial_gradient = gradients(
-            q, k, do, written, weights, through, inverse, scores, doc_ids, entering,
+            q, k, do, written, states, weights, through, inverse, scores, doc_ids,
             leaving_gradient, ctx.scale, gate_dtype is not None,
         )  # fmt: skip
         group = written.shape[2] // q.shape[2]
@@ -75,7 +77,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
             initial_gradient = from_scan
         return (
             dq, dk, dv, None if gate_dtype is None else dg.to(gate_dtype), dbeta.to(beta_dtype),
-            initial_gradient if ctx.has_initial else None, None, None, None,
+            initial_gradient if ctx.has_initial else None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -102,7 +104,9 @@ def segmented_gated_delta_rule(
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     doc_ids = None if doc_ids is None else doc_ids.contiguous()
     initial_state = None if initial_state is None else initial_state.float().contiguous()
-    return SegmentedGatedDeltaRule.apply(q, k, v, g, beta, initial_state, doc_ids, scale, scan)
+    return SegmentedGatedDeltaRule.apply(
+        q, k, v, g, beta, initial_state, doc_ids, scale, scan, torch.is_grad_enabled()
+    )
 
 
 def gated_delta_rule(

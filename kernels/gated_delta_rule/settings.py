@@ -9,7 +9,9 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256))}
+CHECKED = {
+    (torch.bfloat16, k, v) for k, v in ((64, 64), (64, 128), (128, 128), (256, 256), (256, 512))
+}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
 SHORTEST = 512
@@ -20,14 +22,14 @@ rounded, and short sequences have no more."""
 
 @dataclass(frozen=True)
 class Settings:
-    """chunk: tokens.  pairs: of what a chunk's pairs need, keys and values in blocks.  summarize,
-    output: of the walks that hold blocks of V; summarize_gradient, value_gradient: of those back.
-    key_gradient: of the walks that hold blocks of K.  programs: segments times heads, about; where
-    heads alone are as many, each is one segment.
+    """chunk: tokens.  prepare: of the chunks, keys in blocks.  summarize, output: of the walks that
+    hold blocks of V; summarize_gradient, value_gradient: of those back.  key_gradient: of the
+    chunks, blocks of K each.  programs: segments times heads, about; where heads alone are as many,
+    each is one segment.
     """
 
     chunk: int
-    pairs: Launch
+    prepare: Launch
     summarize: Launch
     output: Launch
     summarize_gradient: Launch
@@ -40,7 +42,7 @@ _WIDE_WALK = Launch(128, 8, 2)
 TUNED: dict[tuple[int, int, int], Settings] = {
     (90, 128, 128): Settings(
         64, Launch(128, 4, 1, 168), Launch(64, 4, 2), _WIDE_WALK, Launch(128, 8, 3), _WIDE_WALK,
-        _WIDE_WALK,
+        Launch(128, 8, 2, 128),
     ),
 }  # fmt: skip
 
@@ -50,11 +52,12 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     if itemsize == 2 and (capability, key_size, value_size) in TUNED:
         return TUNED[capability, key_size, value_size]
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
-    pairs = Launch(64 if itemsize == 4 else 128, 4, 1)
+    prepare = Launch(64 if itemsize == 4 else 128, 4, 1)
     if itemsize == 4:
-        chunk, launch = (32, Launch(32, 4, 1)) if wide <= 64 else (16, Launch(16, 4, 1))
-    elif wide <= 128:
-        chunk, launch = 64, Launch(64, 4 if capability >= 90 else 8, 1)
+        chunk, walk = (32, Launch(32, 4, 1)) if wide <= 64 else (16, Launch(16, 4, 1))
+        keys = walk
     else:
-        chunk, launch = 64, Launch(32, 8, 1)
-    return Settings(chunk, pairs, launch, launch, launch, launch, launch)
+        chunk, keys = 64, Launch(64, 4, 2)
+        narrow = Launch(64, 4 if capability >= 90 else 8, 1)
+        walk = narrow if wide <= 128 else Launch(32, 8, 1)
+    return Settings(chunk, prepare, walk, walk, walk, walk, keys)

@@ -13,18 +13,15 @@ from fla_dist.kernels.common.launch import Launch, floats, padded, precision, st
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.gated_delta_rule.settings import Settings, settings
 from fla_dist.kernels.gated_delta_rule.triton_kernels import (
-    crossing_kernel,
-    decay_gradient_kernel,
     key_gradient_kernel,
-    pair_gradient_kernel,
     prepare_kernel,
     value_gradient_kernel,
     value_walk_kernel,
 )
 from fla_dist.kernels.simple_gla.triton_kernels import NO_DECAY, TOKEN_DECAY
 
-CROSSING_CHUNKS = 64
-"""Chunks that the crossing kernel takes at a time."""
+VALUES = 64
+"""Of V, that the key gradient's kernel takes at a time."""
 
 
 def _settings(q: Tensor, v: Tensor) -> Settings:
@@ -64,9 +61,10 @@ def prepare(
         q, k, g, beta, doc_ids, inverse, scores, weights, through,
         *_sizes(q, v), scale,
         *strides(q), *strides(k), *((0, 0, 0) if g is None else g.stride()), *beta.stride(),
-        C=chosen.chunk, K=key_size, BK=min(padded(key_size, q.element_size()), chosen.pairs.block),
-        DECAY=decay, GATES=(NO_DECAY if g is None else TOKEN_DECAY).value,
-        PACKED=doc_ids is not None, PRECISION=precision(q), **chosen.pairs.options(),
+        C=chosen.chunk, K=key_size,
+        BK=min(padded(key_size, q.element_size()), chosen.prepare.block), DECAY=decay,
+        GATES=(NO_DECAY if g is None else TOKEN_DECAY).value, PACKED=doc_ids is not None,
+        PRECISION=precision(q), **chosen.prepare.options(),
     )  # fmt: skip
     return inverse, scores, weights, through
 
@@ -83,7 +81,7 @@ def _(q, k, v, g, beta, doc_ids, scale):
 def _value_walk(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
     scores: Tensor | None, entering: Tensor | None, leaving: Tensor, transition: Tensor | None,
-    o: Tensor | None, written: Tensor | None, scale: float, launch: Launch,
+    o: Tensor | None, written: Tensor | None, states: Tensor | None, scale: float, launch: Launch,
 ) -> None:  # fmt: skip
     batch, _, heads, value_size = v.shape
     key_size, itemsize = q.shape[-1], q.element_size()
@@ -93,10 +91,10 @@ def _value_walk(
         blocks += triton.cdiv(key_size, block)
     value_walk_kernel[(blocks, segments(q, v), batch * heads)](
         q, k, v, weights, through, inverse, scores, entering, leaving, transition, o, written,
-        *_sizes(q, v), _segment(q, v), scale, *strides(q), *strides(k), *strides(v),
+        states, *_sizes(q, v), _segment(q, v), scale, *strides(q), *strides(k), *strides(v),
         C=inverse.shape[-1], K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
-        DECAY=through.shape[-1] > 0, SUMMARIZE=transition is not None, STAGES=launch.stages,
-        PRECISION=precision(q), **launch.options(),
+        DECAY=through.shape[-1] > 0, SUMMARIZE=transition is not None,
+        KEEP=states is not None, STAGES=launch.stages, PRECISION=precision(q), **launch.options(),
     )  # fmt: skip
 
 
@@ -108,8 +106,8 @@ def summarize(
     shape = (v.shape[0], segments(k, v), v.shape[2], k.shape[-1])
     state, transition = floats(v, *shape, v.shape[-1]), floats(v, *shape, k.shape[-1])
     _value_walk(
-        k, k, v, weights, through, inverse, None, None, state, transition, None, None, 1.0,
-        _settings(k, v).summarize,
+        k, k, v, weights, through, inverse, None, None, state, transition, None, None,
+        None, 1.0, _settings(k, v).summarize,
     )  # fmt: skip
     return state, transition
 
@@ -120,28 +118,35 @@ def _(k, v, weights, through, inverse):
     return floats(v, *shape, v.shape[-1]), floats(v, *shape, k.shape[-1])
 
 
+def _states(q: Tensor, v: Tensor) -> Tensor:
+    """Room for a transposed state a chunk, [B, N, H, V, K]."""
+    chunks = -(-v.shape[1] // _settings(q, v).chunk)
+    return q.new_empty(v.shape[0], chunks, v.shape[2], v.shape[-1], q.shape[-1])
+
+
 @step("fla_dist::gated_delta_rule_output")
 def output(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, through: Tensor, inverse: Tensor,
-    scores: Tensor, entering: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """o and `written` [B, T, H, V], and the state after the last token, from the states that
-    enter the segments."""
-    o, written, final = (
-        v.new_empty(v.shape),
-        v.new_empty(v.shape),
-        entering.new_empty(entering[:, 0].shape),
-    )
+    scores: Tensor, entering: Tensor, scale: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, `written` [B, T, H, V] and the transposed states before the chunks [B, N, H, V, K], both
+    empty unless `keep`, and the state after the last token, from the states that enter the
+    segments."""
+    o, final = v.new_empty(v.shape), entering.new_empty(entering[:, 0].shape)
+    written = v.new_empty(v.shape if keep else 0)
+    states = _states(q, v) if keep else None
     _value_walk(
-        q, k, v, weights, through, inverse, scores, entering, final, None, o, written, scale,
-        _settings(q, v).output,
+        q, k, v, weights, through, inverse, scores, entering, final, None, o, written, states,
+        scale, _settings(q, v).output,
     )  # fmt: skip
-    return o, written, final
+    return o, written, v.new_empty(0) if states is None else states, final
 
 
 @output.register_fake
-def _(q, k, v, weights, through, inverse, scores, entering, scale):
-    return v.new_empty(v.shape), v.new_empty(v.shape), entering.new_empty(entering[:, 0].shape)
+def _(q, k, v, weights, through, inverse, scores, entering, scale, keep):
+    written = v.new_empty(v.shape if keep else 0)
+    states = _states(q, v) if keep else v.new_empty(0)
+    return v.new_empty(v.shape), written, states, entering.new_empty(entering[:, 0].shape)
 
 
 @step("fla_dist::gated_delta_rule_summarize_gradient")
@@ -155,9 +160,9 @@ def summarize_gradient(
     launch = _settings(q, do).summarize_gradient
     block = min(padded(value_size, q.element_size()), launch.block)
     value_gradient_kernel[(triton.cdiv(value_size, block), segments(q, do), batch * heads)](
-        q, k, do, weights, through, inverse, scores, None, None, gradient, None, None, None, None,
-        None, *_sizes(q, do), _segment(q, do), scale, *strides(q), *strides(k), *strides(do),
-        BV=block, SUMMARIZE=True, SUMS=False, PARTS=1, **_common(q, do, through, launch),
+        q, k, do, weights, through, inverse, scores, None, None, gradient, None, None, None,
+        *_sizes(q, do), _segment(q, do), scale, *strides(q), *strides(k), *strides(do),
+        BV=block, SUMMARIZE=True, **_common(q, do, through, launch),
     )  # fmt: skip
     return gradient
 
@@ -179,87 +184,48 @@ def _common(q: Tensor, do: Tensor, through: Tensor, launch: Launch) -> dict[str,
 
 @step("fla_dist::gated_delta_rule_gradients")
 def gradients(
-    q: Tensor, k: Tensor, do: Tensor, written: Tensor, weights: Tensor, through: Tensor,
-    inverse: Tensor, scores: Tensor, doc_ids: Tensor | None, entering: Tensor,
+    q: Tensor, k: Tensor, do: Tensor, written: Tensor, states: Tensor, weights: Tensor,
+    through: Tensor, inverse: Tensor, scores: Tensor, doc_ids: Tensor | None,
     leaving_gradient: Tensor, scale: float, with_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq and dk of each value head [B, T, H, K], dv, dg (empty unless `with_gates`) and dβ
     [B, T, H] fp32, and the gradient of the state that enters the first segment, from the states
-    that enter the segments and the gradients of those that leave them."""
+    before the chunks and the gradients of those that leave the segments."""
     batch, length, heads, value_size = do.shape
     key_size, itemsize, chosen = q.shape[-1], q.element_size(), _settings(q, do)
-    count, rows, stretches = triton.cdiv(length, chosen.chunk), batch * heads, segments(q, do)
-    wide_key, wide_value = padded(key_size, itemsize), padded(value_size, itemsize)
-    value_block = min(wide_value, chosen.value_gradient.block)
-    key_block = min(wide_key, chosen.key_gradient.block)
-    value_blocks, key_blocks = (
-        triton.cdiv(value_size, value_block),
-        triton.cdiv(key_size, key_block),
-    )
-    sizes = (*_sizes(q, do), _segment(q, do), scale)
-    where = (*strides(q), *strides(k), *strides(do))
-
-    def sums(*shape: int) -> Tensor:
-        return floats(q, *(shape if with_gates else (0,)))
-
-    parts_of_states = 2 if with_gates and precision(q) != "ieee" else 1
-    dk, dv = q.new_empty(batch, length, heads, key_size), torch.empty_like(written)
-    dk_others = q.new_empty(value_blocks - 1, batch, length, heads, key_size)
+    rows, where = batch * heads, (*strides(q), *strides(k), *strides(do))
+    value_block = min(padded(value_size, itemsize), chosen.value_gradient.block)
+    value_blocks = -(-value_size // value_block)
     parts = value_blocks * value_block // 16
-    beta_sums = floats(q, parts, batch, heads, length)
-    after_sums = sums(parts, batch, heads, length)
+    dv, beta_sums = torch.empty_like(written), floats(q, parts, batch, heads, length)
+    state_gradients = torch.empty_like(states)
     initial_gradient = leaving_gradient.new_empty(leaving_gradient[:, 0].shape)
-    value_gradient_kernel[(value_blocks, stretches, rows)](
+    value_gradient_kernel[(value_blocks, segments(q, do), rows)](
         q, k, do, weights, through, inverse, scores, written, leaving_gradient, initial_gradient,
-        dv, dk, dk_others, beta_sums, after_sums, *sizes, *where,
-        BV=value_block, SUMMARIZE=False, SUMS=with_gates, PARTS=parts_of_states,
-        **_common(q, do, through, chosen.value_gradient),
+        dv, beta_sums, state_gradients, *_sizes(q, do), _segment(q, do), scale, *where,
+        BV=value_block, SUMMARIZE=False, **_common(q, do, through, chosen.value_gradient),
     )  # fmt: skip
 
-    query_pairs, key_pairs = torch.empty_like(scores), torch.empty_like(scores)
+    launch = chosen.key_gradient
+    key_block = min(padded(key_size, itemsize), launch.block)
+    key_blocks = -(-key_size // key_block)
+    dq, dk = (q.new_empty(batch, length, heads, key_size) for _ in range(2))
+    dg = floats(q, *((key_blocks, batch, length, heads) if with_gates else (1, 0)))
     dbeta = floats(q, batch, length, heads)
-    pair_sums, after = (sums(batch, heads, length) for _ in range(2))
-    pair_gradient_kernel[(count, 1, rows)](
-        k, do, dv, written, weights, scores, doc_ids, beta_sums, after_sums,
-        query_pairs, key_pairs, dbeta, pair_sums, after,
-        *_sizes(q, do), scale, parts, *strides(k), *strides(do),
-        C=chosen.chunk, K=key_size, V=value_size, BK=min(wide_key, chosen.pairs.block),
-        BV=min(wide_value, chosen.pairs.block), DECAY=through.shape[-1] > 0,
-        PACKED=doc_ids is not None, SUMS=with_gates, PRECISION=precision(q),
-        **chosen.pairs.options(),
+    options = _common(q, do, through, launch)
+    options |= {"BK": key_block, "BV": min(padded(value_size, itemsize), VALUES)}
+    key_gradient_kernel[(states.shape[1] * key_blocks, 1, rows)](
+        q, k, do, dv, written, weights, through, doc_ids, states, state_gradients, beta_sums,
+        dq, dk, dg, dbeta, *_sizes(q, do), scale, parts, *where,
+        PACKED=doc_ids is not None, SUMS=with_gates, **options,
     )  # fmt: skip
-    del beta_sums, after_sums
-
-    dq = torch.empty_like(dk)
-    parts = key_blocks * key_block // 16
-    state_sums = sums(parts, batch, heads, length)
-    options = _common(q, do, through, chosen.key_gradient) | {"BK": key_block, "BV": wide_value}
-    key_gradient_kernel[(key_blocks, stretches, rows)](
-        q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering,
-        dq, dk, dk_others, state_sums, *sizes, value_blocks, *where, SUMS=with_gates,
-        PARTS=parts_of_states, **options,
-    )  # fmt: skip
-    if not with_gates:
-        return dq, dk, dv, floats(q, 0), dbeta, initial_gradient
-
-    dg, across = floats(q, batch, length, heads), floats(q, batch, heads, count)
-    crossing_kernel[(1, stretches, rows)](
-        through, after, state_sums, entering, leaving_gradient, initial_gradient, across,
-        length, heads, _segment(q, do), parts,
-        C=chosen.chunk, CHUNKS=CROSSING_CHUNKS, K=key_size, V=value_size,
-        BK=max(16, 8192 // wide_value), BV=wide_value, EXACT=precision(q) == "ieee", num_warps=8,
-    )  # fmt: skip
-    decay_gradient_kernel[(count, 1, rows)](
-        pair_sums, state_sums, after, across, doc_ids, dg, length, heads, parts,
-        C=chosen.chunk, PACKED=doc_ids is not None, num_warps=2,
-    )  # fmt: skip
-    return dq, dk, dv, dg, dbeta, initial_gradient
+    return dq, dk, dv, dg[0] if key_blocks == 1 else dg.sum(0), dbeta, initial_gradient
 
 
 @gradients.register_fake
 def _(
-    q, k, do, written, weights, through, inverse, scores, doc_ids, entering, leaving_gradient,
-    scale, with_gates,
+    q, k, do, written, states, weights, through, inverse, scores, doc_ids, leaving_gradient, scale,
+    with_gates,
 ):  # fmt: skip
     batch, length, heads, _ = do.shape
     dq, dk = (q.new_empty(batch, length, heads, q.shape[-1]) for _ in range(2))

@@ -24,22 +24,25 @@ and k are those of linear attention over the pairs (q, k) and (k, k),
     dq = scale exp(G) do Sᵀ + P K
     dk = Pᵀ Q + (X + Xᵀ) K + exp(G_C - G) d dS'ᵀ - exp(G) dv Sᵀ
 
-The forward keeps d, so that the backward's states are the forward's to the bit; where β is 0, it
-keeps r in its place (`written`), which dβ needs.
+The forward keeps d; where β is 0, r in its place (`written`), which dβ needs. It also keeps S
+before every chunk, rounded as its products take it, and the walk back dS' after every chunk: what
+q, k and g get is then a matter of each chunk alone, and nothing is carried from one to the next,
+where it would drift.
 
 Notation: B batch, T tokens, H value heads, K and V head sizes, C tokens a chunk, N chunks, S
 segments; key head h // group serves value head h. q, k, v, o, d and gradients [B, T, H, ·], their
-last axis contiguous; what a chunk's pairs have (Y, scores, P, X + Xᵀ) [B, H, T, C]; states
-[B, S, H, K, V] and transitions [B, S, H, K, K] fp32. `weights` [5, B, H, T] fp32: β, 0 where it
-is 0 and else the decay until the chunk's end, that decay, the one since the chunk's start, G in
-log2; decays are 0 where a document start lies between. Where nothing decays, the first two.
+last axis contiguous; what a chunk's pairs have (Y, scores) [B, H, T, C]; states of segments
+[B, S, H, K, V] and transitions [B, S, H, K, K] fp32, states of chunks [B, N, H, V, K]. `weights`
+[5, B, H, T] fp32: β, 0 where it is 0 and else the decay until the chunk's end, that decay, the one
+since the chunk's start, G in log2; decays are 0 where a document start lies between. Where nothing
+decays, the first two.
 `through` [B, H, N]: the decay over a whole chunk. `b_*` blocks in registers, `p_*` pointers, `o_*`
 offsets. A document reaches across chunks as kernels/common/documents.py says.
 
 A running state is the first factor of every product it is in, and so is what follows from it:
-first factors come from registers, second ones from shared memory, where loads have put them. Only
-dk needs the state's gradient the other way round, through shared memory. A walk's loads are waited
-for as soon as they are asked for, so the chunk after is asked for early, as far as L2.
+first factors come from registers, second ones from shared memory, where loads have put them. A
+walk's loads are waited for as soon as they are asked for, so the chunk after is asked for early, as
+far as L2.
 """
 
 from __future__ import annotations
@@ -47,7 +50,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_dist.kernels.common.segments import negligible
 from fla_dist.kernels.simple_gla.triton_kernels import TOKEN_DECAY, chunk_decay, pair_decay
 
 BETA: tl.constexpr = tl.constexpr(0)
@@ -74,25 +76,24 @@ def load_pairs(x, start, T, C: tl.constexpr):
 
 
 @triton.jit
+def load_state(x, chunk, o_v, o_k, V: tl.constexpr, K: tl.constexpr):
+    """[len(o_v), len(o_k)] of a chunk's transposed state."""
+    mask = (o_v < V)[:, None] & (o_k < K)[None, :]
+    return tl.load(x + chunk * V * K + (o_v[:, None] * K + o_k[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(x, b_state, chunk, o_v, o_k, V: tl.constexpr, K: tl.constexpr):
+    mask = (o_v < V)[:, None] & (o_k < K)[None, :]
+    tl.store(x + chunk * V * K + (o_v[:, None] * K + o_k[None, :]), b_state, mask=mask)
+
+
+@triton.jit
 def load_weight(weights, KIND: tl.constexpr, start, T, C: tl.constexpr):
     """[C] of the chunk at `start`, 0 beyond T; weights points to the sequence's first token."""
     o_c = tl.arange(0, C)
     p_weight = weights + KIND * (tl.num_programs(2).to(tl.int64) * T) + start + o_c
     return tl.load(p_weight, mask=o_c < T - start, other=0.0)
-
-
-@triton.jit
-def product_in_parts(b_x, b_y, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """x y for an fp32 x: in two parts of y's type, so that x is hardly rounded, or in one. The
-    first part is x without the bits that y's type does not hold: a mask is faster than a conversion
-    there and back."""
-    if PARTS == 2:
-        KEPT: tl.constexpr = -65536 if b_y.dtype == tl.bfloat16 else -8192
-        b_part = (b_x.to(tl.int32, bitcast=True) & KEPT).to(tl.float32, bitcast=True)
-        b_product = tl.dot((b_x - b_part).to(b_y.dtype), b_y, input_precision=PRECISION)
-        return tl.dot(b_part.to(b_y.dtype), b_y, b_product, input_precision=PRECISION)
-    else:
-        return tl.dot(b_x.to(b_y.dtype), b_y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -241,17 +242,18 @@ def prepare_kernel(
 
 @triton.jit
 def value_walk_kernel(
-    q, k, v, weights, through, inverse, scores, entering, leaving, transition, out, written,
+    q, k, v, weights, through, inverse, scores, entering, leaving, transition, out, written, states,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, STAGES: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The recurrence over a segment's chunks. SUMMARIZE: from a state of zero, and on the columns
     of the identity without values; writes the state and the transition that the segment ends in.
-    Otherwise from the entering state; writes o, d, and the state after the last segment.
+    Otherwise from the entering state; writes o, the state after the last segment, and with KEEP d
+    and the state before each chunk.
 
     Grid: (blocks of V, and of K for the transition, S, B·H). One program owns [BV, BK >= K] of the
     transposed state. Reads k and Y once a block (and q and the scores), v once.
@@ -290,6 +292,9 @@ def value_walk_kernel(
                 tile_to_l2(scores, start + C, T, C, 0, C, C)
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
         b_factor = b_state.to(b_k.dtype)
+        if KEEP:
+            o_chunk = (batch * tl.cdiv(T, C) + start // C).to(tl.int64) * H + head
+            store_state(states, b_factor, o_chunk, o_v, o_k, V, K)
         b_r = tl.dot(b_factor, tl.trans(b_k), input_precision=PRECISION)  # [BV, C]
         if DECAY:
             b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
@@ -314,8 +319,9 @@ def value_walk_kernel(
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
             mask = (o_c < T - start)[None, :] & (o_v < V)[:, None]
             tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=mask)
-            b_kept = b_r * tl.where(b_beta == 0, 1.0, b_beta)
-            tl.store(written + o_out, b_kept.to(written.dtype.element_ty), mask=mask)
+            if KEEP:
+                b_kept = b_r * tl.where(b_beta == 0, 1.0, b_beta)
+                tl.store(written + o_out, b_kept.to(written.dtype.element_ty), mask=mask)
         if DECAY:
             b_written *= load_weight(weights, TO_END, start, T, C)[None, :]
             b_state *= tl.load(through + start // C)
@@ -334,19 +340,17 @@ def value_walk_kernel(
 @triton.jit
 def value_gradient_kernel(
     q, k, do, weights, through, inverse, scores, written, leaving_gradient, entering_gradient,
-    dv, dk, dk_others, beta_sums, after_sums,
+    dv, beta_sums, state_gradients,
     T, H, group, segment, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, SUMMARIZE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient over a segment's chunks, from the last. SUMMARIZE: from zero; writes
-    what the segment begins with. Otherwise from that of the leaving state; writes dv, the block's
-    part of what dk gets through the state after the chunk, and the gradient of the first segment's
-    entering state; of each 16 rows of V e·d, and with SUMS what dk's part gives the decay until the
-    chunk's end.
+    what the segment begins with. Otherwise from that of the leaving state; writes dv, that of the
+    state after each chunk and of the first segment's entering state, and of each 16 rows of V
+    e·d.
 
     Grid: (blocks of V, S, B·H). One program owns [BV, BK >= K] of the transposed gradient. Reads
     q, k, Y and the scores once a block, do (and d) once.
@@ -369,15 +373,9 @@ def value_gradient_kernel(
     if SUMMARIZE:
         b_gradient = tl.zeros([BV, BK], dtype=tl.float32)
     else:
-        if block > 0:
-            dk = dk_others + (block - 1) * (tl.num_programs(2).to(tl.int64) * T * K)
-        dk += (batch.to(tl.int64) * T * H + head) * K
         dv += (batch.to(tl.int64) * T * H + head) * V
         written += (batch.to(tl.int64) * T * H + head) * V
-        sums_row = (block * (BV // 16) * tl.num_programs(2) + row).to(tl.int64) * T
-        beta_sums += sums_row
-        if SUMS:
-            after_sums += sums_row
+        beta_sums += (block * (BV // 16) * tl.num_programs(2) + row).to(tl.int64) * T
         p_state = leaving_gradient + stretch * K * V + o_state
         b_gradient = tl.load(p_state, mask=mask_state, other=0.0)
 
@@ -394,14 +392,10 @@ def value_gradient_kernel(
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
         b_factor = b_gradient.to(b_k.dtype)
         if not SUMMARIZE:
-            mask_c = o_c < T - start
+            o_chunk = (batch * tl.cdiv(T, C) + start // C).to(tl.int64) * H + head
+            store_state(state_gradients, b_factor, o_chunk, o_v, o_k, V, K)
             b_kept = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))  # [BV, C]
-            b_dk = tl.dot(tl.trans(b_factor), b_kept, input_precision=PRECISION)  # [BK, C]
-            b_dk *= load_weight(weights, WRITTEN_TO_END, start, T, C)[None, :]
-            o_dk = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
-            mask = mask_c[None, :] & (o_k < K)[:, None]
-            tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=mask)
-        b_e = product_in_parts(b_gradient, tl.trans(b_k), PARTS, PRECISION)
+        b_e = tl.dot(b_factor, tl.trans(b_k), input_precision=PRECISION)
         b_do = tl.trans(load_tile(do, start, T, do_stride_t, o_v, V, C))  # [BV, C]
         b_seen = scale
         if DECAY:
@@ -412,8 +406,6 @@ def value_gradient_kernel(
         b_gradient = tl.dot(b_seen, b_q, b_gradient, input_precision=PRECISION)
         if DECAY:
             b_e *= load_weight(weights, TO_END, start, T, C)[None, :]
-            if SUMS:
-                store_row_sums(b_e * b_kept, after_sums, start, T, C, BV)
         b_scores = load_pairs(scores, start, T, C)
         b_e = tl.dot(b_do, b_scores, b_e, input_precision=PRECISION)
         b_y = load_pairs(inverse, start, T, C)
@@ -422,7 +414,7 @@ def value_gradient_kernel(
         if not SUMMARIZE:
             store_row_sums(b_e * b_kept, beta_sums, start, T, C, BV)
             o_out = start.to(tl.int64) * (H * V) + (o_c[None, :] * (H * V) + o_v[:, None])
-            mask = mask_c[None, :] & (o_v < V)[:, None]
+            mask = (o_c < T - start)[None, :] & (o_v < V)[:, None]
             tl.store(dv + o_out, (b_e * b_beta).to(dv.dtype.element_ty), mask=mask)
         b_looked = -b_beta
         if DECAY:
@@ -439,255 +431,115 @@ def value_gradient_kernel(
 
 
 @triton.jit
-def pair_gradient_kernel(
-    k, do, dv, written, weights, scores, doc_ids, beta_sums, after_sums,
-    query_pairs, key_pairs, dbeta, pair_sums, after,
-    T, H, group, scale, parts,
-    k_stride_b, k_stride_t, k_stride_h,
-    do_stride_b, do_stride_t, do_stride_h,
-    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """P, X + Xᵀ, and dβ; with SUMS also what a chunk's pairs give a token's decay as the later of
-    the two, less what they give it as the earlier. One matrix gives both, so that they cancel where
-    they must. Adds up the `parts` of what the walk before left.
-
-    Grid: (N, 1, B·H). Reads do, dv, d (and k, the scores) once, writes 2 C numbers a token: bound
-    by memory.
-    """
-    row, start = tl.program_id(2), tl.program_id(0) * C
-    batch, head = row // H, row % H
-    do += batch.to(tl.int64) * do_stride_b + head.to(tl.int64) * do_stride_h
-    dv += (batch.to(tl.int64) * T * H + head) * V
-    written += (batch.to(tl.int64) * T * H + head) * V
-    weights += row.to(tl.int64) * T
-    o_c = tl.arange(0, C)
-    mask_c = o_c < T - start
-
-    b_query, b_key = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    for first_v in tl.range(0, V, BV, num_stages=1):
-        o_v = first_v + tl.arange(0, BV)
-        b_written = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
-        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
-        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_query = tl.dot(b_do, b_written, b_query, input_precision=PRECISION)
-        b_key = tl.dot(b_dv, b_written, b_key, input_precision=PRECISION)
-
-    b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-    if DECAY:
-        o_token = tl.minimum(start + o_c, T - 1)  # G goes on as it is beyond T: no exponent rises
-        b_sum = tl.load(weights + LOG_DECAY * (tl.num_programs(2).to(tl.int64) * T) + o_token)
-        b_document = o_c
-        if PACKED:
-            doc_ids += batch.to(tl.int64) * T
-            b_document = tl.load(doc_ids + o_token)
-        b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
-    b_beta = load_weight(weights, BETA, start, T, C)
-    row_sums = row.to(tl.int64) * T
-    b_dbeta = load_row_sums(beta_sums + row_sums, parts, start, T, C)
-    p_dbeta = dbeta + (batch.to(tl.int64) * T + start + o_c) * H + head
-    tl.store(p_dbeta, b_dbeta / tl.where(b_beta == 0, 1.0, b_beta), mask=mask_c)
-    b_wrote = b_beta[None, :] != 0
-    b_decay = tl.where(b_wrote, b_decay, 0.0)
-    b_key = tl.where(o_c[:, None] > o_c[None, :], b_key * -b_decay, 0.0)
-
-    if SUMS:
-        k += batch.to(tl.int64) * k_stride_b + (head // group).to(tl.int64) * k_stride_h
-        b_keys = tl.zeros([C, C], dtype=tl.float32)
-        for first_k in tl.range(0, K, BK, num_stages=1):
-            b_k = load_tile(k, start, T, k_stride_t, first_k + tl.arange(0, BK), K, C)
-            b_keys = tl.dot(b_k, tl.trans(b_k), b_keys, input_precision=PRECISION)
-        b_scores = load_pairs(scores + row.to(tl.int64) * T * C, start, T, C)
-        b_amount = tl.where(b_wrote, b_query, 0.0) * b_scores + b_key * b_keys
-        b_amount = tl.sum(tl.trans(b_amount), axis=0) - tl.sum(b_amount, axis=0)
-        tl.store(pair_sums + row_sums + start + o_c, b_amount, mask=mask_c)
-        b_after = load_row_sums(after_sums + row_sums, parts, start, T, C)
-        b_after = tl.where(b_beta == 0, 0.0, b_after)
-        tl.store(after + row_sums + start + o_c, b_after, mask=mask_c)
-
-    b_query *= b_decay * scale
-    o_pairs = (row.to(tl.int64) * T + start) * C + o_c[:, None] * C + o_c[None, :]
-    tl.store(query_pairs + o_pairs, b_query.to(query_pairs.dtype.element_ty), mask=mask_c[:, None])
-    b_key += tl.trans(b_key)
-    tl.store(key_pairs + o_pairs, b_key.to(key_pairs.dtype.element_ty), mask=mask_c[:, None])
-
-
-@triton.jit
 def key_gradient_kernel(
-    q, k, do, dv, written, weights, through, query_pairs, key_pairs, entering,
-    dq, dk, dk_others, state_sums,
-    T, H, group, segment, scale, value_blocks,
+    q, k, do, dv, written, weights, through, doc_ids, states, state_gradients, beta_sums,
+    dq, dk, dg, dbeta,
+    T, H, group, scale, parts,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     do_stride_b, do_stride_t, do_stride_h,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and added to dk what comes from the pairs of a chunk and from a token's look at the
-    entering state. With SUMS also what the state gives through dq and dk to the decay since the
-    chunk's start, of each 16 rows of K.
+    """dq and dk of a chunk, and dβ; with SUMS each block of K its part of dg.
 
-    Grid: (blocks of K, S, B·H). One program owns [BK, BV >= V] of a segment's running state. Reads
-    do, dv, d and the pairs once a block, q, k and dk once.
+    dg_t is what all pairs of tokens s < t <= t' give the decay between them. A pair inside the
+    chunk is added at t' and taken off at s, from one matrix, so that it cancels where it must. What
+    all s before the chunk give comes through its state, in dq and dk; what all t' after it give,
+    through the state's gradient, in dk; both at once, across the whole chunk, are <S, dS'> times
+    its decay.
+
+    Grid: (N times blocks of K, 1, B·H). Reads do, dv, d once a block, q, k and both states once:
+    bound by memory. Three loops over V, so that the sums of two programs fit in registers.
     """
-    block, segment_index, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, head = row // H, row % H
-    first = segment_index * segment
-    chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
-    o_c, o_k, o_v = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, BV)
+    BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    block, chunk, row = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, tl.program_id(2)
+    start, batch, head = chunk * C, row // H, row % H
     q += batch.to(tl.int64) * q_stride_b + (head // group).to(tl.int64) * q_stride_h
     k += batch.to(tl.int64) * k_stride_b + (head // group).to(tl.int64) * k_stride_h
     do += batch.to(tl.int64) * do_stride_b + head.to(tl.int64) * do_stride_h
-    weights += row.to(tl.int64) * T
-    through += row * tl.cdiv(T, C)
-    query_pairs += row.to(tl.int64) * T * C
-    key_pairs += row.to(tl.int64) * T * C
     dv += (batch.to(tl.int64) * T * H + head) * V
     written += (batch.to(tl.int64) * T * H + head) * V
-    dq += (batch.to(tl.int64) * T * H + head) * K
-    dk += (batch.to(tl.int64) * T * H + head) * K
-    other = tl.num_programs(2).to(tl.int64) * T * K
-    dk_others += (batch.to(tl.int64) * T * H + head) * K
-    stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
-    o_state = o_k[:, None] * V + o_v[None, :]
-    mask_state = (o_k < K)[:, None] & (o_v < V)[None, :]
-    b_state = tl.load(entering + stretch * K * V + o_state, mask=mask_state, other=0.0)
-    if SUMS:
-        state_sums += (block * (BK // 16) * tl.num_programs(2) + row).to(tl.int64) * T
-
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        start = first + i * C
-        mask_c = o_c < T - start
-        o_dk = start.to(tl.int64) * (H * K) + (o_c[None, :] * (H * K) + o_k[:, None])
-        mask = mask_c[None, :] & (o_k < K)[:, None]
-        if STAGES > 1:
-            first_k = tl.minimum(block * BK, K - BK)
-            tile_to_l2(k, start + C, T, k_stride_t, first_k, C, BK)
-            tile_to_l2(q, start + C, T, q_stride_t, first_k, C, BK)
-            tile_to_l2(do, start + C, T, do_stride_t, 0, C, BV)
-            tile_to_l2(dv, start + C, T, H * V, 0, C, BV)
-            tile_to_l2(written, start + C, T, H * V, 0, C, BV)
-            tile_to_l2(dk, start + C, T, H * K, first_k, C, BK)
-            tile_to_l2(query_pairs, start + C, T, C, 0, C, C)
-            chunk_to_l2(weights, key_pairs, start + C, T, C, 4 if DECAY else 2, True)
-        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
-        b_dk = product_in_parts(b_state, tl.trans(b_dv), PARTS, PRECISION)  # [BK, C]
-        b_dq = product_in_parts(b_state, tl.trans(b_do), PARTS, PRECISION)
-        b_looked, b_seen = -1.0, scale
-        if DECAY:
-            b_from_start = load_weight(weights, FROM_START, start, T, C)[None, :]
-            b_looked, b_seen = -b_from_start, scale * b_from_start
-            b_state *= tl.load(through + start // C)
-        b_dk *= b_looked
-        b_dq *= b_seen
-        b_k = tl.trans(load_tile(k, start, T, k_stride_t, o_k, K, C))  # [BK, C]
-        b_q = tl.trans(load_tile(q, start, T, q_stride_t, o_k, K, C))
-        if SUMS:
-            store_row_sums(b_k * b_dk + b_q * b_dq, state_sums, start, T, C, BK)
-        b_weight = load_weight(weights, WRITTEN_TO_END, start, T, C)[None, :]
-        b_kept_key = (b_k * b_weight).to(b_k.dtype)
-        b_written = load_tile(written, start, T, H * V, o_v, V, C)
-        b_state = tl.dot(b_kept_key, b_written, b_state, input_precision=PRECISION)
-        b_query, b_key = load_pairs(query_pairs, start, T, C), load_pairs(key_pairs, start, T, C)
-        b_dq = tl.dot(b_k, tl.trans(b_query), b_dq, input_precision=PRECISION)
-        tl.store(dq + o_dk, b_dq.to(dq.dtype.element_ty), mask=mask)
-        b_dk = tl.dot(b_q, b_query, b_dk, input_precision=PRECISION)
-        b_dk = tl.dot(b_k, b_key, b_dk, input_precision=PRECISION)
-        b_dk += tl.load(dk + o_dk, mask=mask, other=0.0).to(tl.float32)
-        for value_block in range(value_blocks - 1):
-            p_dk = dk_others + value_block * other + o_dk
-            b_dk += tl.load(p_dk, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dk + o_dk, b_dk.to(dk.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def then(factor, added, next_factor, next_added):
-    """x -> factor x + added, and after it the next."""
-    return factor * next_factor, added * next_factor + next_added
-
-
-@triton.jit
-def crossing_kernel(
-    through, after, state_sums, entering, leaving_gradient, initial_gradient, across,
-    T, H, segment, parts,
-    C: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """What <state, its gradient> gives the decay over each whole chunk, [B, H, N]: its value at
-    the chunk's start less what the chunk's own tokens have in it, and nothing where the chunk lets
-    next to nothing through.
-
-    Grid: (1, S, B·H). One program takes a segment, CHUNKS at a time; reads two states, and the sums
-    of every token: small.
-    """
-    segment_index, row = tl.program_id(1), tl.program_id(2)
-    first = segment_index * segment
-    chunks = tl.cdiv(tl.minimum(first + segment, T) - first, C)
-    stretch = ((row // H).to(tl.int64) * tl.num_programs(1) + segment_index) * H + row % H
-    entering += stretch * K * V
-    gradient = leaving_gradient + (stretch - H) * K * V
-    if segment_index == 0:
-        gradient = initial_gradient + row.to(tl.int64) * K * V
-    carry = 0.0
-    for first_k in tl.range(0, K, BK, num_stages=1):
-        o_k, o_v = first_k + tl.arange(0, BK), tl.arange(0, BV)
-        o_state, mask = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
-        b_state = tl.load(entering + o_state, mask=mask, other=0.0)
-        b_gradient = tl.load(gradient + o_state, mask=mask, other=0.0)
-        carry += tl.sum(tl.sum(b_state * b_gradient, axis=1), axis=0)
-
-    plane = tl.num_programs(2).to(tl.int64) * T
-    through += row * tl.cdiv(T, C) + first // C
-    across += row * tl.cdiv(T, C) + first // C
-    o_c = tl.arange(0, C)
-    for i in tl.range(0, chunks, CHUNKS, num_stages=1):
-        o_chunk = i + tl.arange(0, CHUNKS)
-        mask_chunk = o_chunk < chunks
-        o_token = first + o_chunk[:, None] * C + o_c[None, :]
-        mask = mask_chunk[:, None] & (o_token < T)
-        o_token = row.to(tl.int64) * T + o_token
-        b_after = tl.sum(tl.load(after + o_token, mask=mask, other=0.0), axis=1)
-        b_before = tl.zeros([CHUNKS], dtype=tl.float32)
-        for part in range(parts):
-            b_part = tl.load(state_sums + (part * plane + o_token), mask=mask, other=0.0)
-            b_before += tl.sum(b_part, axis=1)
-        b_through = tl.load(through + o_chunk, mask=mask_chunk, other=0.0)
-        b_kept = tl.where(b_through > negligible(EXACT), 1.0, 0.0)
-        b_added = b_after - b_kept * b_before
-        b_kept = tl.where(mask_chunk, b_kept, 1.0)
-        b_factor, b_carry = tl.associative_scan((b_kept, b_added), 0, then)
-        b_carry += b_factor * carry
-        tl.store(across + o_chunk, b_carry - b_after, mask=mask_chunk)
-        carry = tl.sum(tl.where(o_chunk == i + CHUNKS - 1, b_carry, 0.0), axis=0)
-
-
-@triton.jit
-def decay_gradient_kernel(
-    pair_sums, state_sums, after, across, doc_ids, dg,
-    T, H, parts,
-    C: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """dg_t: what all pairs of tokens s < t <= t' give the decay between them. Of pairs inside the
-    chunk, the running sum, from the end, of `pair_sums`; with s before the chunk, that of
-    `state_sums`; with t' after it, the running sum, from the start, of `after`; across the whole
-    chunk, `across`.
-
-    Grid: (N, 1, B·H). Reads all sums: small.
-    """
-    chunk, row = tl.program_id(0), tl.program_id(2)
-    batch, head, start = row // H, row % H, chunk * C
-    o_c = tl.arange(0, C)
+    weights += row.to(tl.int64) * T
+    o_c, o_k = tl.arange(0, C), block * BK + tl.arange(0, BK)
     mask_c = o_c < T - start
-    row_sums = row.to(tl.int64) * T
-    b_before = load_row_sums(state_sums + row_sums, parts, start, T, C)
-    b_before += tl.load(pair_sums + row_sums + start + o_c, mask=mask_c, other=0.0)
-    b_after = tl.load(after + row_sums + start + o_c, mask=mask_c, other=0.0)
-    b_amount = tl.where(o_c[:, None] <= o_c[None, :], b_before[None, :], b_after[None, :])
-    if PACKED:
-        doc_ids += batch.to(tl.int64) * T
-        b_document = tl.load(doc_ids + tl.minimum(start + o_c, T - 1))
-        b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
-    p_dg = dg + (batch.to(tl.int64) * T + start + o_c) * H + head
-    b_dg = tl.sum(b_amount, axis=1) + tl.load(across + row * tl.num_programs(0) + chunk)
-    tl.store(p_dg, b_dg, mask=mask_c)
+    o_chunk = (batch * tl.cdiv(T, C) + chunk).to(tl.int64) * H + head
+
+    b_dq, b_dk = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
+    b_from_start = 1.0
+    if DECAY:
+        b_from_start = load_weight(weights, FROM_START, start, T, C)[:, None]
+    for first_v in tl.range(0, V, BV, num_stages=STAGES):
+        o_v = first_v + tl.arange(0, BV)
+        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
+        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
+        b_state = load_state(states, o_chunk, o_v, o_k, V, K)
+        b_dq = tl.dot(b_do, b_state, b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(b_dv, b_state, b_dk, input_precision=PRECISION)
+    b_dq *= b_from_start * scale
+    b_dk *= -b_from_start
+    b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
+    b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+    if SUMS:
+        b_before = tl.sum(tl.trans(b_q * b_dq + b_k * b_dk), axis=0)
+
+    b_query, b_key = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+    for first_v in tl.range(0, V, BV, num_stages=STAGES):
+        o_v = first_v + tl.arange(0, BV)
+        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
+        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
+        b_written = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
+        b_query = tl.dot(b_do, b_written, b_query, input_precision=PRECISION)
+        b_key = tl.dot(b_dv, b_written, b_key, input_precision=PRECISION)
+    b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
+    b_document = o_c
+    if DECAY:
+        o_token = tl.minimum(start + o_c, T - 1)  # G goes on as it is beyond T: no exponent rises
+        b_sum = tl.load(weights + LOG_DECAY * (tl.num_programs(2).to(tl.int64) * T) + o_token)
+        if PACKED:
+            b_document = tl.load(doc_ids + batch.to(tl.int64) * T + o_token)
+        b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
+    b_beta = load_weight(weights, BETA, start, T, C)
+    b_decay = tl.where(b_beta[None, :] != 0, b_decay, 0.0)
+    b_query *= b_decay * scale
+    b_key = tl.where(o_c[:, None] > o_c[None, :], b_key * -b_decay, 0.0)
+    if SUMS:
+        b_amount = b_query * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_amount += b_key * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        b_before += tl.sum(b_amount, axis=1) - tl.sum(tl.trans(b_amount), axis=1)
+    o_out = ((batch.to(tl.int64) * T + start) * H + head) * K + (o_c[:, None] * (H * K) + o_k)
+    mask = mask_c[:, None] & (o_k < K)[None, :]
+    b_pairs = b_query.to(b_k.dtype)
+    b_dq = tl.dot(b_pairs, b_k, b_dq, input_precision=PRECISION)
+    tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
+    b_dk = tl.dot(tl.trans(b_pairs), b_q, b_dk, input_precision=PRECISION)
+    b_pairs = (b_key + tl.trans(b_key)).to(b_k.dtype)
+
+    b_dk_after, across = tl.zeros([C, BK], dtype=tl.float32), 0.0
+    for first_v in tl.range(0, V, BV, num_stages=STAGES):
+        o_v = first_v + tl.arange(0, BV)
+        b_written = load_tile(written, start, T, H * V, o_v, V, C)
+        b_gradient = load_state(state_gradients, o_chunk, o_v, o_k, V, K)
+        b_dk_after = tl.dot(b_written, b_gradient, b_dk_after, input_precision=PRECISION)
+        if SUMS:
+            b_state = load_state(states, o_chunk, o_v, o_k, V, K).to(tl.float32)
+            across += tl.sum(b_state * b_gradient.to(tl.float32))
+    b_dk_after *= load_weight(weights, WRITTEN_TO_END, start, T, C)[:, None]
+    if SUMS:
+        b_after = tl.sum(b_k * b_dk_after, axis=1)
+    # Two sums: the accumulator of one product after another would change its layout in between.
+    b_dk += tl.dot(b_pairs, b_k, b_dk_after, input_precision=PRECISION)
+    tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+
+    if SUMS:
+        b_amount = tl.where(o_c[:, None] >= o_c[None, :], b_before[:, None], b_after[:, None])
+        if PACKED:
+            b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
+        across *= tl.load(through + row * tl.cdiv(T, C) + chunk)
+        dg += (block * (tl.num_programs(2) // H) + batch).to(tl.int64) * T * H + head
+        p_dg = dg + (start + o_c).to(tl.int64) * H
+        tl.store(p_dg, tl.sum(b_amount, axis=0) + across, mask=mask_c)
+    if block == 0:
+        b_dbeta = load_row_sums(beta_sums + row.to(tl.int64) * T, parts, start, T, C)
+        b_dbeta /= tl.where(b_beta == 0, 1.0, b_beta)
+        tl.store(dbeta + (batch.to(tl.int64) * T + start + o_c) * H + head, b_dbeta, mask=mask_c)

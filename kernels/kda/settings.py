@@ -43,8 +43,10 @@ def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
         pairs = Launch(32 if wide <= 256 else 16, 4, 2)
-        walk = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
+        forward = back = keys = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
         pairs = Launch(32, 1, 2)
-        walk = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
-    return Settings(16, pairs, walk, walk, walk, walk, walk, walk, pairs)
+        forward = back = keys = Launch(32, 8, 2)
+        if wide <= 128:
+            forward, back, keys = Launch(64, 4, 3, 168), Launch(64, 4, 4), Launch(64, 4, 3)
+    return Settings(16, pairs, forward, forward, back, back, keys, keys, pairs)
