@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import step
+from fla_dist.kernels.common.launch import Kernel, step
 from fla_dist.kernels.state import Dense, fold
 
 LARGEST_KEY = 128
@@ -26,6 +26,7 @@ def load_quadrant(transition, row, column, K, HALF: tl.constexpr, REVERSE: tl.co
     return tl.load(p_square, mask=mask, other=0.0)
 
 
+@Kernel
 @triton.jit
 def dense_fold_kernel(
     transition, state, initial, entries, final,

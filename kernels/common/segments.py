@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import step
+from fla_dist.kernels.common.launch import Kernel, step
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -46,6 +46,7 @@ def fold_step(b_state, b_added, b_decay, p_entry, mask):
     return tl.where(mask, b_state * tl.exp2(b_decay * LOG2_E) + b_added, b_state)
 
 
+@Kernel
 @triton.jit
 def fold_kernel(
     log_decay, state, initial, entries, final,

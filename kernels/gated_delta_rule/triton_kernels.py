@@ -50,6 +50,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.simple_gla.triton_kernels import TOKEN_DECAY, chunk_decay, pair_decay
 
 BETA: tl.constexpr = tl.constexpr(0)
@@ -175,6 +176,7 @@ def unscaled_inverse(b_n, b_beta, C: tl.constexpr, PRECISION: tl.constexpr):
     return b_y
 
 
+@Kernel
 @triton.jit
 def prepare_kernel(
     q, k, g, beta, doc_ids, inverse, scores, weights, through,
@@ -240,6 +242,7 @@ def prepare_kernel(
     tl.store(inverse + o_pairs, b_y.to(inverse.dtype.element_ty), mask=mask_c[:, None])
 
 
+@Kernel
 @triton.jit
 def value_walk_kernel(
     q, k, v, weights, through, inverse, scores, entering, leaving, transition, out, written, states,
@@ -337,6 +340,7 @@ def value_walk_kernel(
             tl.store(leaving + row.to(tl.int64) * K * V + o_state, b_state, mask=mask_state)
 
 
+@Kernel
 @triton.jit
 def value_gradient_kernel(
     q, k, do, weights, through, inverse, scores, written, leaving_gradient, entering_gradient,
@@ -430,6 +434,7 @@ def value_gradient_kernel(
             tl.store(p_state, b_gradient, mask=mask_state)
 
 
+@Kernel
 @triton.jit
 def key_gradient_kernel(
     q, k, do, dv, written, weights, through, doc_ids, states, state_gradients, beta_sums,

@@ -37,6 +37,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
     across,
     documents,
@@ -100,6 +101,7 @@ def tile_scores(
     return b_score, b_before, b_after, b_block
 
 
+@Kernel
 @triton.jit
 def prepare_kernel(
     q, k, g, bonus, doc_ids, identity, q_in, k_out, chunk_decay, scores,
@@ -219,6 +221,7 @@ def prepare_kernel(
     tl.store(p_score_1 + TILE, (b_score_1 * scale).to(dtype), mask=mask_1[:, None])
 
 
+@Kernel
 @triton.jit
 def summarize_kernel(
     y, z, chunk_decay, state, log_decay,
@@ -268,6 +271,7 @@ def summarize_kernel(
             tl.store(log_decay + stretch * K + o_k, b_total, mask=mask_k)
 
 
+@Kernel
 @triton.jit
 def walk_kernel(
     x, w, y, z, scores, chunk_decay, state, key_side, value_side, sums, final, entering, carries,
@@ -396,6 +400,7 @@ def walk_kernel(
         b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def score_gradient_kernel(
     do, v, scores,
@@ -463,6 +468,7 @@ def load_mirrored(p_pairs, C, o_c, mask_c):
     return tl.load(p_pairs + o_first * C + o_second, mask=mask, other=0.0)
 
 
+@Kernel
 @triton.jit
 def pair_gradient_kernel(
     q, k, g, bonus, doc_ids, identity, gradient_spans, score_gradient, carries, outer_dq, dq, dk,

@@ -30,6 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
     across,
     chunk_documents,
@@ -66,6 +67,7 @@ def shared(b_state, b_y, b_z, PRECISION: tl.constexpr):
     return tl.sum(b_state * b_product, axis=1)
 
 
+@Kernel
 @triton.jit
 def prepare_kernel(
     a, b, g, doc_ids, identity, decay_in, taken_out, chunk_decay, products, inside,
@@ -143,6 +145,7 @@ def prepare_kernel(
     tl.store(chunk_decay + (stream * tl.cdiv(T, C) + chunk) * M + o_m, b_total, mask=mask_m)
 
 
+@Kernel
 @triton.jit
 def summarize_kernel(
     y, z, chunk_decay, state, log_decay,
@@ -190,6 +193,7 @@ def summarize_kernel(
             tl.store(log_decay + stretch * M + o_m, b_total, mask=mask_m)
 
 
+@Kernel
 @triton.jit
 def gather_kernel(
     a, b, decay_in, taken_out, chunk_decay, inside, state, weights, inherited, out, out_in,
@@ -264,6 +268,7 @@ def gather_kernel(
         b_state = tl.dot(tl.trans(b_taken), b_b, b_state, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def score_kernel(
     c, g, doc_ids, identity, scores,
@@ -314,6 +319,7 @@ def score_kernel(
     tl.store(scores + row * C + o_pair, b_score, mask=mask_c[:, None])
 
 
+@Kernel
 @triton.jit
 def spread_kernel(
     a, c_in, z, taken_out, chunk_decay, scores, state, out, sums,
@@ -375,6 +381,7 @@ def spread_kernel(
         b_state = tl.dot(tl.trans(b_taken), b_z, b_state, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def source_gradient_kernel(
     a, c_in, z, taken_out, chunk_decay, scores, leaving_gradient, entering, final, sums, dz,
@@ -467,6 +474,7 @@ def mirrored(p_pairs, b_identity, o_c, mask_c):
     return tl.where(o_c[:, None] >= o_c[None, :], b_lower, b_upper)
 
 
+@Kernel
 @triton.jit
 def decay_gradient_kernel(
     g, weights, gradients, exponents, taken_gradient, carries, key_products, value_products,

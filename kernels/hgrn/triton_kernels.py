@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.segments import LOG2_E
 
 KEEP: tl.constexpr = tl.constexpr("evict_last")
@@ -150,6 +151,7 @@ def starts_document(starts, o_token, valid, EVEN: tl.constexpr):
     return tl.load(starts + o_token, mask=(o_token < valid) | EVEN, other=0) != 0
 
 
+@Kernel
 @triton.jit
 def forward_kernel(
     x, g, starts, initial, h, final, maps, carried, arrived,
@@ -214,6 +216,7 @@ def forward_kernel(
             o_token += U
 
 
+@Kernel
 @triton.jit
 def backward_kernel(
     x, g, h, dh, starts, initial, final_gradient, dx, dg, initial_gradient, maps, carried, arrived,

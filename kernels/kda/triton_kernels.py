@@ -43,6 +43,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
     chunk_documents,
     is_later,
@@ -72,6 +73,7 @@ def product_in_parts(b_x, b_y, b_sum, PARTS: tl.constexpr, PRECISION: tl.constex
     return tl.dot(b_part.to(b_y.dtype), b_y, b_sum, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def prepare_kernel(
     q, k, g, beta, doc_ids, spans, q_in, k_in, k_out, through, scores, inverse,
@@ -153,6 +155,7 @@ def prepare_kernel(
     tl.store(inverse + o_pair, b_y.to(inverse.dtype.element_ty), mask=mask_c[:, None])
 
 
+@Kernel
 @triton.jit
 def value_walk_kernel(
     q_in, k_in, k_out, v, through, inverse, scores, entering, leaving, transition, out, residual,
@@ -223,6 +226,7 @@ def value_walk_kernel(
             tl.store(leaving + row.to(tl.int64) * K * V + o_state, b_state, mask=mask_state)
 
 
+@Kernel
 @triton.jit
 def value_gradient_kernel(
     q_in, k_in, k_out, do, through, inverse, scores, leaving_gradient, entering_gradient, dv,
@@ -289,6 +293,7 @@ def value_gradient_kernel(
             tl.store(p_state, b_gradient, mask=mask_state)
 
 
+@Kernel
 @triton.jit
 def query_walk_kernel(
     q_in, k_in, k_out, do, dv, residual, through, entering, dq_in, dk_in, chunk_sums,
@@ -347,6 +352,7 @@ def query_walk_kernel(
         b_state = tl.dot(b_written, b_r, b_state, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def key_walk_kernel(
     q_in, k_in, k_out, do, dv, residual, through, entering, final, leaving_gradient, chunk_sums,
@@ -413,6 +419,7 @@ def key_walk_kernel(
         b_gradient = tl.dot(b_held, b_dv, b_gradient, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def pair_gradient_kernel(
     q, k, g, beta, do, dv, residual, doc_ids, spans, gradient_spans, dq_in, dk_in, dk_out, across,

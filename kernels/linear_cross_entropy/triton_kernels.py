@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.linear_cross_entropy.reference import IGNORED
 
 BLOCK, WARPS = 4096, 8
 
 
+@Kernel
 @triton.jit
 def losses_kernel(
     p_logits, p_labels, p_weights, p_losses, z_loss, W,

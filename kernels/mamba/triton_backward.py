@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.mamba import triton_forward as forward
 from fla_dist.kernels.mamba.triton_forward import (
     CHECKPOINT,
@@ -63,6 +64,7 @@ def load_tiles(p_dt, p_dy, p_z, mask, GATED: tl.constexpr, EVEN: tl.constexpr):
     return b_raw, b_dy, b_z
 
 
+@Kernel
 @triton.jit
 def summarize_gradient_kernel(
     dt, rate, C, dy, bias, z, doc_ids, state,
@@ -133,6 +135,7 @@ def load_all(p_x, p_dt, p_dy, p_z, mask, GATED: tl.constexpr, EVEN: tl.constexpr
     return load(p_x, mask, EVEN), b_raw, b_dy, b_z
 
 
+@Kernel
 @triton.jit
 def backward_kernel(
     x, dt, rate, B, C, bias, skip, z, dy, doc_ids, checkpoints, leaving,

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.state import RESET
 
 LOG2_E = 1.4426950408889634
@@ -167,6 +168,7 @@ def load_bias(bias, o_d, mask_d, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
         return tl.zeros(o_d.shape, dtype=tl.float32)
 
 
+@Kernel
 @triton.jit
 def summarize_kernel(
     x, dt, rate, B, bias, doc_ids, state, log_decay,
@@ -217,6 +219,7 @@ def summarize_kernel(
     store(log_decay + stretch * D + o_d, b_total, mask_d, EVEN)
 
 
+@Kernel
 @triton.jit
 def fold_kernel(
     log_decay, rate, state, initial, entries, final,
@@ -250,6 +253,7 @@ def fold_kernel(
     tl.store(final + i_b * size + o, b_h, mask=mask)
 
 
+@Kernel
 @triton.jit
 def output_kernel(
     x, dt, rate, B, C, bias, skip, z, doc_ids, entries, y, checkpoints,

@@ -44,6 +44,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
     chunk_documents,
     is_later,
@@ -70,6 +71,7 @@ def load_pairs(pairs, KIND: tl.constexpr, rows, start, T, C: tl.constexpr):
     return tl.load(p_pair, mask=(o_c < T - start)[:, None], other=0.0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     r, k, a, b, g, doc_ids, spans, reads, writes, pairs, through,
@@ -182,6 +184,7 @@ def prepare_kernel(
         tl.store(reads + o_row, b_in.to(reads.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def value_walk_kernel(
     reads, writes, z, pairs, through, entering, out, solved, states, leaving, transition,
@@ -275,6 +278,7 @@ def value_walk_kernel(
             tl.store(leaving + row.to(tl.int64) * K * V + o_state, b_state, mask=mask_state)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def key_walk_kernel(
     u, v, added_u, added_v, own, other, through, states, first_out, second_out, sums,
@@ -359,6 +363,7 @@ def key_walk_kernel(
         b_state = tl.dot(b_other_v, b_added_v, b_state, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def pair_gradient_kernel(
     r, k, a, b, g, v, do, u, du, doc_ids, spans, gradient_spans, pairs, across,

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import Kernel
+
 CHANNELS, STEP, BACKWARD_STEP, SEGMENT, WARPS = 256, 8, 4, 256, 4
 """Channels of a program, tokens of a step, tokens of a segment of the backward. (A longer step of
 the backward takes 10 s to compile.)"""
@@ -117,6 +119,7 @@ def forward_step(
         tl.store(y + t * D + o_d, b_y.to(y.dtype.element_ty), mask=where(mask_d, t < T))
 
 
+@Kernel
 @triton.jit
 def short_convolution_kernel(
     x, weight, bias, left, positions, y,
@@ -212,6 +215,7 @@ def backward_step(
     return b_first_rows, b_first_ps, b_sums, b_dbias
 
 
+@Kernel
 @triton.jit
 def short_convolution_backward_kernel(
     x, weight, bias, left, positions, dy, dx, dleft, dweight, dbias,

@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.segments import LOG2_E
 
 NO_DECAY: tl.constexpr = tl.constexpr(0)
@@ -136,6 +137,7 @@ def load_rows(x, start, T, stride, o_c, o_x, X, EVEN: tl.constexpr):
     return b_x
 
 
+@Kernel
 @triton.jit
 def summarize_kernel(
     y, z, g, step, doc_ids, state, log_decay,
@@ -210,6 +212,7 @@ def summarize_kernel(
             tl.store(log_decay + stretch, total / LOG2_E)
 
 
+@Kernel
 @triton.jit
 def value_kernel(
     x, y, z, own, g, step, skip, doc_ids, state, out, step_gradient, skip_gradient,
@@ -299,6 +302,7 @@ def value_kernel(
         b_state = tl.dot(tl.trans(b_y), b_z, b_state * b_through, input_precision=PRECISION)
 
 
+@Kernel
 @triton.jit
 def key_kernel(
     x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums,
@@ -395,6 +399,7 @@ def key_kernel(
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask_cz)
 
 
+@Kernel
 @triton.jit
 def decay_gradient_kernel(
     query_state_sums, pair_sums, key_state_sums, g, doc_ids, entering, log_decay, state_gradient,

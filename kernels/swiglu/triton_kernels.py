@@ -7,9 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import Kernel
+
 BLOCK, WARPS = 1024, 4
 
 
+@Kernel
 @triton.jit
 def swiglu_kernel(p_gate_up, p_y, F, BF: tl.constexpr):
     """y = silu(gate) up.  Grid: rows, blocks of F. 6 bytes a number in bf16: memory bounds it."""
@@ -23,6 +26,7 @@ def swiglu_kernel(p_gate_up, p_y, F, BF: tl.constexpr):
     tl.store(p_y + row * F + o_f, b_y.to(p_y.dtype.element_ty), mask=inside)
 
 
+@Kernel
 @triton.jit
 def swiglu_backward_kernel(p_gate_up, p_dy, p_dgate_up, p_y, F, BF: tl.constexpr):
     """The gradients of gate and up, and y again, which the output projection's gradient takes.

@@ -1,9 +1,12 @@
-"""A step is called as it is in eager mode, and is one op to whatever looks at ops."""
+"""A step is called as it is in eager mode, and is one op to whatever looks at ops; a kernel is
+searched for once."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import CompiledKernel
 
-from fla_dist.kernels.common.launch import step
+from fla_dist.kernels.common.launch import Kernel, step
 
 calls = []
 
@@ -68,3 +71,60 @@ def test_compiles_whole_and_agrees():
     compiled = torch.compile(double, backend="aot_eager", fullgraph=True)
     for result, expected in zip(gradient(compiled, x), gradient(double, x), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+class Compiled(CompiledKernel):
+    """What a launch is compiled to: notes what it is launched with."""
+
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launched.append((grid, arguments))
+
+
+class Jit:
+    arg_names = ("x", "length", "scale", "C", "D")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.compiled.append((arguments, constants))
+            return Compiled(self.launched)
+
+        return launch
+
+
+def test_a_launch_like_one_before_needs_no_search():
+    jit = Jit()
+    kernel = Kernel(jit)
+    x = torch.empty(64)
+    kernel[(2,)](x, 7, 0.5, D=3, C=4)
+    kernel[(5, 6)](x.clone(), 9, 0.25, D=3, C=4)
+    assert len(jit.compiled) == 1
+    ((grid, arguments),) = jit.launched
+    assert grid == (5, 6, 1) and arguments[1:] == (9, 0.25, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "other"),
+    [
+        (torch.empty(64), torch.empty(64, dtype=torch.float16)),
+        (torch.empty(64), torch.empty(64)[1:]),
+        (torch.empty(64), None),
+        (7, 1),
+        (7, 32),
+        (16, 2**32),
+        (7, 7.0),
+    ],
+)
+def test_what_triton_compiles_anew_is_searched_for(argument, other):
+    jit = Jit()
+    kernel = Kernel(jit)
+    for _ in range(2):
+        for each in (argument, other):
+            kernel[(2,)](each, 3, 0.5, C=4, D=3)
+            kernel[(2,)](each, 3, 0.5, C=8, D=3)
+    assert len(jit.compiled) == len(jit.launched) == 4
