@@ -15,6 +15,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 T = TypeVar("T")
+LAUNCHES = 1000
+"""Different launches of a kernel that are kept in mind."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,15 @@ class Kernel:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         key = (
             torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-            *map(_specialization, arguments),
+            *[x if type(x) is int else _specialization(x) for x in arguments],
             *constants.items(),
         )
         found = self._compiled.get(key)
         if found is None:
             compiled = self.jit[grid](*arguments, **constants)
             if isinstance(compiled, CompiledKernel):
+                if len(self._compiled) >= LAUNCHES:  # of sequences of ever different lengths
+                    self._compiled.clear()
                 self._compiled[key] = compiled, tuple(self.jit.arg_names[len(arguments) :])
             return
         compiled, names = found
@@ -114,11 +118,9 @@ class Kernel:
 
 
 def _specialization(argument: Any) -> Any:
-    """What Triton compiles for, of an argument that is no constant."""
+    """What Triton compiles for, of an argument that is neither a constant nor an integer."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return type(argument), argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return type(argument)
 
 

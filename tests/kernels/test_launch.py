@@ -102,10 +102,10 @@ def test_a_launch_like_one_before_needs_no_search():
     kernel = Kernel(jit)
     x = torch.empty(64)
     kernel[(2,)](x, 7, 0.5, D=3, C=4)
-    kernel[(5, 6)](x.clone(), 9, 0.25, D=3, C=4)
+    kernel[(5, 6)](x.clone(), 7, 0.25, D=3, C=4)
     assert len(jit.compiled) == 1
     ((grid, arguments),) = jit.launched
-    assert grid == (5, 6, 1) and arguments[1:] == (9, 0.25, 4, 3)
+    assert grid == (5, 6, 1) and arguments[1:] == (7, 0.25, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_a_launch_like_one_before_needs_no_search():
         (7, 32),
         (16, 2**32),
         (7, 7.0),
+        (1, True),
     ],
 )
 def test_what_triton_compiles_anew_is_searched_for(argument, other):
