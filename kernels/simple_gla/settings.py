@@ -11,7 +11,13 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
-CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (128, 128))}
+CHECKED = {
+    *(
+        (torch.bfloat16, k, v)
+        for k, v in ((24, 40), (64, 64), (64, 128), (128, 128), (256, 256), (256, 512))
+    ),
+    *((dtype, 64, 64) for dtype in (torch.float16, torch.float32)),
+}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
 
@@ -46,7 +52,8 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     elif wide <= 128:
         chunk, launch = 64, Launch(64, 4, 2)
     elif wide <= 256:
-        chunk, launch = 64 if capability >= 90 else 32, Launch(32, 8, 1)
+        # Blocks of 32 beside wider ones gave illegal addresses on Hopper: see `padded`.
+        chunk, launch = 32, Launch(64 if capability >= 90 else 32, 8, 1)
     else:
         chunk, launch = 16 if capability >= 90 else 32, Launch(32, 8, 1)
     return Settings(chunk, launch, launch, launch)
