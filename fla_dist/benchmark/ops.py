@@ -254,6 +254,8 @@ def errors(op: Op, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     are alike and apart), or on everything at `checked_at`."""
     shape = op.checked_at or shape
     inputs, output_gradient = make_inputs(op, shape, dtype)
+    if op.checked_at is None:
+        output_gradient[1:] = 0  # other sequences add to the gradients of what all share
     results = run(op.call, inputs, output_gradient)
     names = ["q", "k", "v", "g"] if op.inputs is None else [*op.inputs(Shape(1, 1, 1, 1, 1), dtype)]
     heads = [0, shape.H - 1]
