@@ -38,7 +38,7 @@ class Settings:
 
 
 @lru_cache
-def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
+def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
     """By a rule that keeps each program's state near 32 KiB of registers."""
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
@@ -46,7 +46,7 @@ def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
         forward = back = keys = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
         pairs = Launch(32, 1, 2)
-        forward = back = keys = Launch(32, 8, 2)
-        if wide <= 128:
-            forward, back, keys = Launch(64, 4, 3, 168), Launch(64, 4, 4), Launch(64, 4, 3)
+        forward = back = keys = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
+        if wide <= 128 and capability >= 90:
+            forward, back = Launch(64, 4, 3, 168), Launch(64, 4, 4)
     return Settings(16, pairs, forward, forward, back, back, keys, keys, pairs)

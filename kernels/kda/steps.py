@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, floats, padded, precision, step, strides
 from fla_dist.kernels.common.levels import span_types, spans
 from fla_dist.kernels.common.segments import segment_length
@@ -21,7 +22,7 @@ from fla_dist.kernels.kda.triton_kernels import (
 
 
 def _settings(k: Tensor, v: Tensor) -> Settings:
-    return settings(k.shape[-1], v.shape[-1], k.element_size())
+    return settings(launches.capability(k), k.shape[-1], v.shape[-1], k.element_size())
 
 
 def _segment(k: Tensor, v: Tensor) -> int:
