@@ -22,7 +22,7 @@ COMMITS = ("a" * 40, "b" * 40)
 TEXTS = [[f"file {i} row {row} " + "x" * 2000 for row in range(60)] for i in range(2)]
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from fla_dist.config import SourceConfig
 from fla_dist.data.documents import read_documents
@@ -37,6 +37,8 @@ units, again, newest = resolve(plans), resolve(plans), resolve(None)
 named = resolve(None, revision=sys.argv[2])
 names = [[unit.pieces[0].name for unit in found] for found in (units, again, newest, named)]
 print(json.dumps({"names": names, "texts": [read_documents(unit) for unit in units]}))
+sys.stdout.flush()
+os._exit(0)  # the client's own threads have been seen to abort the interpreter's end
 """
 
 
