@@ -166,7 +166,7 @@ def _gated_delta_rule(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
     def launches() -> None:
-        q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+        q, k, v = _qkv(sizes, dtype)
         beta = _empty(1, _TOKENS, _HEADS)
         for g in (_empty(1, _TOKENS, _HEADS), *(None,) * thorough):
             _train(
@@ -180,7 +180,7 @@ def _kda(
     sizes: tuple[int, int], dtype: torch.dtype, packed: bool, thorough: bool
 ) -> Callable[[], None]:
     def launches() -> None:
-        q, k, v = (_empty(1, _TOKENS, _HEADS, w, dtype=dtype) for w in (sizes[0], *sizes))
+        q, k, v = _qkv(sizes, dtype)
         beta = _empty(1, _TOKENS, _HEADS)
         for g_dtype in [dtype] + [torch.float32] * thorough:
             g = _empty(1, _TOKENS, _HEADS, sizes[0], dtype=g_dtype)

@@ -86,8 +86,9 @@ def first_decays(b_single, EXCLUSIVE: tl.constexpr):
 def next_decays(
     b_before, b_after, b_block, b_decay, later, AXIS: tl.constexpr, level: tl.constexpr
 ):
-    """The same of blocks twice as long. b_decay: to the level's border. Products of numbers from 0
-    to 1, in fp32: one exponential a token serves all levels."""
+    """The same of blocks twice as long; b_before and b_after also as q and k multiplied by them.
+    b_decay: to the level's border. Products of numbers from 0 to 1, in fp32: one exponential a
+    token serves all levels."""
     b_other = across(b_block, AXIS, level)
     b_beyond = b_decay * b_other
     b_before = tl.where(later, b_beyond, b_before)

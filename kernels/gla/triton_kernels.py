@@ -39,7 +39,6 @@ import triton.language as tl
 
 from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
-    across,
     documents,
     first_decays,
     is_later,
@@ -94,10 +93,9 @@ def tile_scores(
         b_rounded = b_side.to(dtype)
         b_product = tl.dot(b_rounded, tl.trans(b_side).to(dtype), input_precision=PRECISION)
         b_score += tl.where(level_pairs(o_c, level), b_product, 0.0)
-        b_other = across(b_block, 0, level)
-        b_side *= b_other
-        b_before, b_after = tl.where(later, b_side, b_before), tl.where(later, b_after, b_side)
-        b_block *= b_other
+        b_before, b_after, b_block = next_decays(
+            b_before, b_after, b_block, b_side, later, 0, level
+        )
     return b_score, b_before, b_after, b_block
 
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import floats, padded, precision, step
-from fla_dist.kernels.common.levels import spans
+from fla_dist.kernels.common.levels import identity, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.rwkv7.settings import Settings, settings
 from fla_dist.kernels.rwkv7.triton_kernels import (
@@ -38,7 +38,7 @@ def segments(r: Tensor, v: Tensor) -> int:
 @lru_cache
 def _spans(chunk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[levels + 3, C, C]: spans that leave t out, and last each token's own."""
-    own = torch.eye(chunk, dtype=dtype, device=device)
+    own = identity(chunk, dtype, device)
     return torch.cat([spans(chunk, dtype, device, exclusive=True), own[None]])
 
 
