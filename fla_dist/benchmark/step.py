@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cold", action="store_true", help="compile with empty caches, for the first step's time"
     )
-    parser.add_argument("--trace", default=None, help="file for the profiler's trace, .json.gz")
+    parser.add_argument(
+        "--trace", default=None, help="file for rank 0's trace by the profiler, .json.gz"
+    )
     parser.add_argument("--kernels", type=int, default=0, help="print so many of the kernels")
     parser.add_argument("--output", default=None, help="default: docs/benchmarks/models_<gpu>.json")
 
@@ -119,7 +121,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss became {loss}")
         peak = torch.cuda.max_memory_allocated() / GIB
-        milliseconds, kernels = profile_steps(step, arguments.trace)
+        trace = arguments.trace if mesh.rank == 0 else None
+        milliseconds, kernels = profile_steps(step, trace)
         rate = plan.tokens_per_step / seconds / mesh.world_size
         flops = peak_bf16_flops()
         row = {

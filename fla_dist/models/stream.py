@@ -54,20 +54,12 @@ class Stream:
             self._shared[key] = make()
         return self._shared[key]
 
-    def attention_mask(
-        self, window: int | None, context: int, start: int = 0, stop: int | None = None
-    ) -> AttentionMask:
-        """What the tokens from `start` to `stop` see of themselves and of `context` tokens before
-        them."""
+    def attention_mask(self, window: int | None, context: int) -> AttentionMask:
+        """What the tokens see of themselves and of `context` tokens before them."""
         return self.once(
-            ("attention mask", window, context, start, stop),
-            lambda: attention_mask(self.positions[:, start:stop], context=context, window=window),
+            ("attention mask", window, context),
+            lambda: attention_mask(self.positions, context=context, window=window),
         )
-
-    @property
-    def continues(self) -> bool:
-        """Whether tokens may have come before the slice, so that all ranks ask for them."""
-        return not isinstance(self.exchange, LocalExchange)
 
     def context(self, width: int) -> int:
         """How many of the `width` tokens before the slice there are."""
@@ -80,6 +72,11 @@ class Stream:
         `name` tells the contexts of one mixer apart.
         """
         return self.exchange.before(x, width)
+
+    def with_halo(self, name: str, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        """Each of `xs` [B, T, ...] behind the `context(width)` tokens before it; who uses them must
+        leave their gradients to them alone."""
+        return self.exchange.with_halo(xs, width)
 
     def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q [B, T, H, K] to k and v [B, T, G, K] and to all that came before,
@@ -106,10 +103,6 @@ class CachedStream(Stream):
         self._cache = cache
         self._shared = shared
 
-    @property
-    def continues(self) -> bool:
-        return True
-
     def context(self, width: int) -> int:
         return width
 
@@ -120,6 +113,10 @@ class CachedStream(Stream):
         whole = torch.cat([past, x], dim=1)
         self._cache[name] = whole[:, whole.shape[1] - width :]
         return Arrived(past)
+
+    def with_halo(self, name: str, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        before = self.before(name, torch.stack(xs, dim=2), width).wait().unbind(dim=2)
+        return tuple(torch.cat(pair, dim=1) for pair in zip(before, xs, strict=True))
 
     def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = torch.stack([k, v], dim=2)

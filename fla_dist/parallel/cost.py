@@ -93,6 +93,10 @@ class CountingExchange:
         self._add("halos", 2 * size, 2 * self._link.seconds(size))
         return Arrived(halo)
 
+    def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        halos = self.before(torch.stack(xs, dim=2), width).wait().unbind(dim=2)
+        return tuple(torch.cat(pair, dim=1) for pair in zip(halos, xs, strict=True))
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         parts: list[float]
         size, others = self._mesh.sequence_parallel_size, self._mesh.sequence_parallel_size - 1

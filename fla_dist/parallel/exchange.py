@@ -18,7 +18,7 @@ from fla_dist.parallel.attention import (
     attention_way,
     full_attention,
 )
-from fla_dist.parallel.halo import Arrived, LeftHalo, PendingHalo
+from fla_dist.parallel.halo import Arrived, LeftHalo, PendingHalo, with_halo
 from fla_dist.parallel.mesh import Mesh
 from fla_dist.parallel.slices import Slices
 from fla_dist.parallel.state_scan import StateScan
@@ -36,6 +36,10 @@ class Exchange(Protocol):
     def before(self, x: Tensor, width: int) -> PendingHalo:
         """Sets out for the `width` tokens before x [B, T, ...], zeros where the sequence had not
         started; what needs none is computed before they are waited for."""
+
+    def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        """Each of `xs` [B, T, ...] behind as many of the `width` tokens before it as there are;
+        what uses them must leave their gradients to them alone."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         """Full causal softmax attention of q [B, T, H, K] to the whole sequence's k and v
@@ -61,6 +65,9 @@ class LocalExchange:
 
     def before(self, x: Tensor, width: int) -> Arrived:
         return Arrived(x.new_zeros(x.shape[0], width, *x.shape[2:]))
+
+    def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        return xs
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         return attention(q, k, v, masks.attention_mask(None, 0))
@@ -88,6 +95,10 @@ class MeshExchange:
     @torch.compiler.disable
     def before(self, x: Tensor, width: int) -> LeftHalo:
         return LeftHalo(x, width, self.slices)
+
+    @torch.compiler.disable
+    def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        return with_halo(xs, width, self.slices)
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -139,6 +150,16 @@ class ReplayedExchange:
         recorded = RecordedHalo(self._exchange.before(x, width))
         self._received.append(recorded)
         return recorded
+
+    @torch.compiler.disable
+    def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
+        if self._replay is not None:
+            halos = next(self._replay)
+            return tuple(torch.cat(pair, dim=1) for pair in zip(halos, xs, strict=True))
+        wholes = self._exchange.with_halo(xs, width)
+        context = wholes[0].shape[1] - xs[0].shape[1]
+        self._received.append([whole[:, :context].detach().clone() for whole in wholes])
+        return wholes
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:

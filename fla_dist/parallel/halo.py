@@ -44,7 +44,7 @@ class LeftHalo:
     """
 
     def __init__(self, x: Tensor, width: int, slices: Slices) -> None:
-        self._link = _Link(slices, width, x.shape)
+        self._link = _Link(slices, width, x.shape[1])
         self._token = _Start.apply(self._link, x)
 
     @torch.compiler.disable
@@ -56,11 +56,19 @@ class _Link:
     """What the two ends of a halo tell each other. It holds no tensor that they made: one whose
     grad_fn leads back here would be a cycle that is never freed."""
 
-    def __init__(self, slices: Slices, width: int, shape: torch.Size) -> None:
-        self.slices, self.width, self.shape = slices, width, shape
+    def __init__(self, slices: Slices, width: int, length: int) -> None:
+        self.slices, self.width, self.length = slices, width, length
         self._pending: Any = None
 
-    def start(self, steps: Steps, sent: Tensor, direction: str) -> None:
+    def send(self, x: Tensor) -> None:
+        """The end of the slice sets out to the ranks after this one."""
+        self._start(_to_the_right(x, self), x, "forward")
+
+    def send_back(self, gradient: Tensor) -> None:
+        """The gradient of the halo sets out to the ranks whose tokens it is of."""
+        self._start(_to_the_left(gradient, self), gradient, "backward")
+
+    def _start(self, steps: Steps, sent: Tensor, direction: str) -> None:
         transfer = Transfer(steps, self.slices, f"halo, {direction}", sent.device)
         # On a GPU another stream still reads what is sent: it is held until then.
         self._pending = transfer, sent
@@ -73,13 +81,16 @@ class _Link:
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, link, x):
-        ctx.link = link
-        link.start(_to_the_right(x, link.width, link.slices), x, "forward")
+        ctx.link, ctx.shape = link, x.shape
+        link.send(x)
         return x.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        return None, ctx.link.wait()
+        end = ctx.link.wait()
+        gradient = end.new_zeros(ctx.shape)
+        gradient[:, ctx.shape[1] - end.shape[1] :] = end
+        return None, gradient
 
 
 class _Wait(torch.autograd.Function):
@@ -90,16 +101,54 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        link = ctx.link
-        link.start(_to_the_left(gradient, link.shape, link.slices), gradient, "backward")
+        ctx.link.send_back(gradient)
         return None, gradient.new_zeros(())
 
 
-def _to_the_right(x: Tensor, width: int, slices: Slices) -> Steps:
+def with_halo(xs: tuple[Tensor, ...], width: int, slices: Slices) -> tuple[Tensor, ...]:
+    """Each of `xs` [B, T, ...], all of one shape, behind the tokens before it: as many of the
+    `width` before the slice as there are. They are on their way while the slices are copied.
+
+    The gradients of what it returns are changed in place: they must be nobody else's.
+    """
+    length = xs[0].shape[1]
+    context = min(width, sum(slices.lengths_beside(length)[: slices.rank]))
+    return _WithHalo.apply(_Link(slices, width, length), context, *xs)
+
+
+class _WithHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, link, context, *xs):
+        ctx.link, ctx.context = link, context
+        first = max(0, link.length - link.width)
+        link.send(torch.stack([x[:, first:] for x in xs], dim=2))
+        wholes = [x.new_empty(x.shape[0], context + x.shape[1], *x.shape[2:]) for x in xs]
+        for whole, x in zip(wholes, xs, strict=True):
+            whole[:, context:] = x
+        halo = link.wait()[:, link.width - context :]
+        for whole, before in zip(wholes, halo.unbind(dim=2), strict=True):
+            whole[:, :context] = before
+        return tuple(wholes)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        context = ctx.context
+        ctx.link.send_back(torch.stack([gradient[:, :context] for gradient in gradients], dim=2))
+        end = ctx.link.wait()
+        for gradient, more in zip(gradients, end.unbind(dim=2), strict=True):
+            gradient[:, gradient.shape[1] - end.shape[1] :] += more
+        return None, None, *(gradient[:, context:] for gradient in gradients)
+
+
+def _to_the_right(x: Tensor, link: _Link) -> Steps:
+    """The link's `width` tokens before the slice, from x [B, n, ...], the end of the slice as far
+    as halos may reach, or more of it."""
+    slices = link.slices
     rank, first = slices.rank, slices.mesh.first_sequence_rank
-    parts = slices.parts_before(x.shape[1], width)
+    parts = slices.parts_before(link.length, link.width)
+    missing = link.length - x.shape[1]
     sends = [
-        (x[:, start:stop].contiguous(), first + other)
+        (x[:, start - missing : stop - missing].contiguous(), first + other)
         for other in range(rank + 1, slices.size)
         for source, start, stop in parts[other]
         if source == rank
@@ -110,31 +159,35 @@ def _to_the_right(x: Tensor, width: int, slices: Slices) -> Steps:
     ]
     yield send_and_receive(sends, receives, slices.mesh.sequence_group)
     received = [part for part, _ in receives]
-    missing = width - sum(part.shape[1] for part in received)
+    missing = link.width - sum(part.shape[1] for part in received)
     return torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), *received], dim=1)
 
 
-def _to_the_left(gradient: Tensor, shape: torch.Size, slices: Slices) -> Steps:
-    """The gradient of a slice of `shape`, from that of every halo that holds tokens of it."""
+def _to_the_left(gradient: Tensor, link: _Link) -> Steps:
+    """The gradient of the slice's end, as far as halos may reach, from that of every halo that
+    holds tokens of it; `gradient` is of this rank's halo, or of its end."""
+    slices = link.slices
     rank, first = slices.rank, slices.mesh.first_sequence_rank
-    parts = slices.parts_before(shape[1], gradient.shape[1])
-    sends, end = [], gradient.shape[1]
-    for source, start, stop in reversed(parts[rank]):
-        part = gradient[:, end - (stop - start) : end]
+    parts = slices.parts_before(link.length, link.width)
+    sends, stop = [], gradient.shape[1]
+    for source, begin, end in reversed(parts[rank]):
+        part = gradient[:, stop - (end - begin) : stop]
         sends.append((part.contiguous(), first + source))
-        end -= stop - start
+        stop -= end - begin
     places = [
-        (other, start, stop)
+        (other, begin, end)
         for other in range(rank + 1, slices.size)
-        for source, start, stop in parts[other]
+        for source, begin, end in parts[other]
         if source == rank
     ]
     receives = [
-        (gradient.new_empty(shape[0], stop - start, *shape[2:]), first + other)
-        for other, start, stop in places
+        (gradient.new_empty(gradient.shape[0], end - begin, *gradient.shape[2:]), first + other)
+        for other, begin, end in places
     ]
     yield send_and_receive(sends, receives, slices.mesh.sequence_group)
-    whole = gradient.new_zeros(shape)
-    for (part, _), (_, start, stop) in zip(receives, places, strict=True):
-        whole[:, start:stop] += part
+    reach = min(link.width, link.length)
+    whole = gradient.new_zeros(gradient.shape[0], reach, *gradient.shape[2:])
+    missing = link.length - reach
+    for (part, _), (_, begin, end) in zip(receives, places, strict=True):
+        whole[:, begin - missing : end - missing] += part
     return whole

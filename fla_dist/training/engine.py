@@ -5,7 +5,8 @@ micro batches of a step, the engine is handed
 
     factor · gradient_accumulation_steps · Σ_local loss / N_valid
 
-where the factor undoes DeepSpeed's averaging over ranks, which differs between ZeRO stages. A wrong
+where the factor undoes DeepSpeed's averaging over ranks, which differs between ZeRO stages (at 0
+gradients are summed here). A wrong
 factor trains, since Adam hides it, but clips wrongly. So before training a small engine of the same
 settings takes one step whose gradient is known, and a run whose DeepSpeed averages otherwise is
 refused.
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from fla_dist.models.initialization import Uninitialized
 from fla_dist.parallel.deepspeed_mpu import DeepSpeedMPU
 from fla_dist.parallel.mesh import Mesh
 from fla_dist.training.distributed import RunError, sum_over_ranks
-from fla_dist.training.optimizer import build_optimizer
+from fla_dist.training.gradients import GradientSum
+from fla_dist.training.metrics import HostCopy
+from fla_dist.training.optimizer import ClippingAdamW, build_optimizer
 from fla_dist.training.plan import BatchPlan
 
 if not torch.cuda.is_available():
@@ -47,12 +50,25 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 deepspeed.ops.__compatible_ops__ = {}
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did; the gradient's norm is the one before clipping."""
+    """What an optimizer step did. Who reads it waits for the backward's end.
 
-    applied: bool
-    grad_norm: float
+    Args:
+        grad_norm: before clipping.
+        applied: None where a step is skipped if the norm is not finite.
+    """
+
+    def __init__(self, grad_norm: Tensor | float, applied: bool | None) -> None:
+        self._grad_norm = HostCopy(torch.as_tensor(grad_norm))
+        self._applied = applied
+
+    @property
+    def grad_norm(self) -> float:
+        return self._grad_norm.item()
+
+    @property
+    def applied(self) -> bool:
+        return math.isfinite(self.grad_norm) if self._applied is None else self._applied
 
 
 class Engine:
@@ -71,10 +87,7 @@ class Engine:
             settings["gradient_clipping"] = 0.0  # left out, DeepSpeed would clip to 1 before
         model.to(device)
         optimizer = build_optimizer(model, config.optimizer, max_norm=max_norm)
-        self.deepspeed = _initialize(model, optimizer, settings, mesh)
-        if clips_itself and mesh.world_size == 1:
-            # It would copy all gradients to a bucket and back, to sum them over one rank.
-            self.deepspeed.enable_backward_allreduce = False
+        self.deepspeed, self._gradient_sum = _initialize(model, optimizer, settings, config, mesh)
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the token losses of this rank's slice."""
@@ -90,11 +103,16 @@ class Engine:
         if last and lr is not None:
             for group in self.deepspeed.optimizer.param_groups:
                 group["lr"] = lr
+        if last and self._gradient_sum:
+            self._gradient_sum.finish()
         self.deepspeed.step()
         if not last:
             return None
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(self.deepspeed.was_step_applied(), float(norm))
+        engine = self.deepspeed
+        clipped = isinstance(engine.optimizer, ClippingAdamW)
+        return StepResult(
+            engine.get_global_grad_norm(), None if clipped else engine.was_step_applied()
+        )
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> LanguageModel:
@@ -136,7 +154,9 @@ def deepspeed_settings(config: Config, plan: BatchPlan) -> dict[str, Any]:
 
 
 def loss_factor(zero: ZeroConfig, mesh: Mesh) -> int:
-    """What DeepSpeed divides the sum over ranks by, by ZeRO stage."""
+    """What the sum over ranks is divided by, by ZeRO stage."""
+    if zero.stage == 0:
+        return 1
     whole_world = zero.stage == 3 and zero.reduce_scatter
     return mesh.world_size if whole_world else mesh.data_parallel_size
 
@@ -180,13 +200,16 @@ def verify_gradient_scale(
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 16
     probe = _Probe().to(device)
     kept_whole, partitioned = probe.kept_whole, probe.partitioned
-    engine = _initialize(probe, torch.optim.SGD(probe.parameters(), lr=1.0), settings, mesh)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=1.0)
+    engine, gradient_sum = _initialize(probe, optimizer, settings, config, mesh)
 
     valid_tokens = 10.0
     inputs = [float(mesh.rank + 1 + micro_step) for micro_step in range(accumulation)]
     for value in inputs:
         loss = engine(torch.tensor(value, device=device))
         engine.backward(loss * (factor * accumulation / valid_tokens))
+        if gradient_sum and engine.is_gradient_accumulation_boundary():
+            gradient_sum.finish()
         engine.step()
     expected = sum_over_ranks([sum(inputs)], torch.device("cpu"))[0] / valid_tokens
     with deepspeed.zero.GatheredParameters([kept_whole, partitioned], enabled=zero.stage == 3):
@@ -208,8 +231,13 @@ def verify_gradient_scale(
 
 
 def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], mesh: Mesh
-) -> Any:
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    config: Config,
+    mesh: Mesh,
+) -> tuple[Any, GradientSum | None]:
+    """DeepSpeed's engine; with ZeRO 0, what sums gradients over ranks in its stead."""
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -217,4 +245,15 @@ def _initialize(
         mpu=DeepSpeedMPU(mesh),
         dist_init_required=False,
     )
-    return engine
+    if config.deepspeed.zero_optimization.stage > 0:
+        return engine, None
+    engine.enable_backward_allreduce = False
+    if mesh.world_size == 1:
+        return engine, None
+    autocast = config.deepspeed.torch_autocast
+    narrow = autocast.enabled and autocast.reduce_dtype == "bfloat16"
+    return engine, GradientSum(
+        model.parameters(),
+        engine.is_gradient_accumulation_boundary,
+        torch.bfloat16 if narrow else None,
+    )

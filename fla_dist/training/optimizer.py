@@ -30,28 +30,26 @@ class ClippingAdamW(torch.optim.AdamW):
     """AdamW that clips, and that skips a step whose gradient is not finite.
 
     DeepSpeed's ZeRO 1-3 do both themselves. At ZeRO 0 in fp32 it reports no norm and would write
-    NaN into the weights, but it reads these two attributes from whatever optimizer it is given.
-    Clipped gradients are divided by `grad_scale` inside of the fused update, in no pass of its own.
+    NaN into the weights, but it hands on the norm of whatever optimizer it is given. The fused
+    update reads both decisions on the GPU, so that the host goes on to the next step: it divides
+    gradients by `grad_scale`, and does nothing where `found_inf` is 1.
     """
-
-    overflow = False
-    _global_grad_norm = 0.0
 
     def __init__(self, groups: list[dict[str, Any]], max_norm: float, **settings: Any) -> None:
         super().__init__(groups, fused=True, **settings)
         self._max_norm = max_norm
+        self._global_grad_norm: Tensor | float = 0.0
         self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         parameters = (p for group in self.param_groups for p in group["params"])
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
-            return
-        clips = 0 < self._max_norm < self._global_grad_norm
-        self.grad_scale = (norm / self._max_norm).float() if clips else None
+        self._global_grad_norm = norm
+        self.found_inf = (~norm.isfinite()).float()
+        if self._max_norm > 0:
+            self.grad_scale = (norm / self._max_norm).float().clamp(min=1.0)
         super().step()
 
 

@@ -9,21 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fla_dist.models.layers import Normed, RMSNorm
-from fla_dist.models.mixers import attention as windows
-from fla_dist.models.mixers.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
-from fla_dist.models.stream import Stream
 from fla_dist.parallel import halo
 from fla_dist.parallel.collectives import Transfer
-from fla_dist.parallel.exchange import (
-    LocalExchange,
-    MeshExchange,
-    ReplayedExchange,
-    build_exchange,
-)
+from fla_dist.parallel.exchange import MeshExchange, ReplayedExchange, build_exchange
 from fla_dist.parallel.mesh import Mesh, build_mesh
 from fla_dist.parallel.slices import Slices
-from tests.packing import positions_of
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = {"equal": (5, 5, 5, 5), "unequal": (9, 1, 3, 7)}
@@ -66,6 +56,49 @@ def test_halos_reach_over_as_many_slices_as_they_need() -> None:
                 expected[:, start : start + width] += weight(width, other)
             assert torch.equal(before, padded[:, starts[rank] : starts[rank] + width])
             assert torch.equal(gradient, expected[:, width:].split(lengths, dim=1)[rank])
+
+
+def slices_behind_halos() -> dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]:
+    """Two slices behind their halos, sent together, and their gradients; each also under
+    recomputation."""
+    mesh = build_mesh(4)
+    rank = mesh.rank
+    found = {}
+    for name, lengths in LENGTHS.items():
+        for width in WIDTHS:
+            replayed = ReplayedExchange(build_exchange(mesh, lengths))
+            first, again = replayed.contexts()
+            x = sequence().split(lengths, dim=1)[rank]
+            xs = [x.clone().requires_grad_(), (-2 * x).requires_grad_()]
+            with first:
+                wholes = replayed.with_halo(tuple(xs), width)
+            with again:
+                for whole, same in zip(wholes, replayed.with_halo(tuple(xs), width), strict=True):
+                    assert torch.equal(whole, same)
+            context = wholes[0].shape[1] - x.shape[1]
+            factors = weight(width + x.shape[1], rank)[:, width - context :]
+            sum((whole * factors).sum() for whole in wholes).backward()
+            found[name, width] = [w.detach() for w in wholes], [x.grad for x in xs]
+    return found
+
+
+def test_slices_behind_their_halos() -> None:
+    for rank, found in enumerate(run_ranks(4, slices_behind_halos)):
+        for (name, width), (wholes, gradients) in found.items():
+            lengths = LENGTHS[name]
+            starts = [sum(lengths[:i]) for i in range(5)]
+            begin, end = starts[rank], starts[rank + 1]
+            expected = torch.zeros_like(sequence())
+            for other in range(4):
+                first = max(0, starts[other] - width)
+                factors = weight(width + lengths[other], other)
+                expected[:, first : starts[other + 1]] += factors[
+                    :, width - (starts[other] - first) :
+                ]
+            seen = sequence()[:, max(0, begin - width) : end]
+            for whole, gradient, scale in zip(wholes, gradients, (1, -2), strict=True):
+                assert torch.equal(whole, scale * seen)
+                assert torch.equal(gradient, expected[:, begin:end])
 
 
 @pytest.fixture
@@ -119,26 +152,6 @@ def test_what_needs_no_halo_is_done_while_it_is_under_way(events, recorded: bool
     ]  # fmt: skip
 
 
-def test_queries_that_see_no_halo_attend_while_it_is_under_way(events, monkeypatch) -> None:
-    attend = windows.attention
-
-    def noted(q: Tensor, *arguments) -> Tensor:
-        return Work.apply(attend(q, *arguments), f"{q.shape[1]} queries", events)
-
-    monkeypatch.setattr(windows, "attention", noted)
-    monkeypatch.setattr(windows, "BLOCK", 4)
-    mixer = SlidingWindowAttention(8, SlidingWindowAttentionConfig(2, 2, window_size=6), 1e-6)
-    positions = positions_of([0], 20)[None]
-    stream = Stream(positions, (positions == 0).int(), MeshExchange(ALONE))
-    x = torch.randn(1, 20, 8, requires_grad=True)
-    mixer(Normed(x, RMSNorm(8, 1e-6)), stream).sum().backward()
-    assert events == [
-        "halo, forward, starts", "12 queries", "halo, forward, waits", "8 queries",
-        "8 queries, backward", "halo, backward, starts", "12 queries, backward",
-        "halo, backward, waits",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_halo_is_freed_with_its_graph(backward: bool) -> None:
     """Also without the garbage collector, which does not see what a cycle of nodes holds."""
@@ -154,37 +167,3 @@ def test_a_halo_is_freed_with_its_graph(backward: bool) -> None:
         assert watched() is None
     finally:
         gc.enable()
-
-
-def windowed(exchange: MeshExchange | LocalExchange, device: str, compiled: bool) -> list[Tensor]:
-    """Output and gradients of a windowed layer over 1024 tokens in documents."""
-    torch.manual_seed(0)
-    mixer = SlidingWindowAttention(128, SlidingWindowAttentionConfig(2, 2, window_size=300), 1e-6)
-    norm = RMSNorm(128, 1e-6).to(device)
-    mixer.to(device)
-    x = torch.randn(1, 1024, 128).to(device).requires_grad_()
-    positions = positions_of([0, 90, 700], 1024)[None].to(device)
-    stream = Stream(positions, (positions == 0).cumsum(dim=1).int(), exchange)
-    mixer.prepare(stream)
-    o = (torch.compile(mixer) if compiled else mixer)(Normed(x, norm), stream)
-    (o * o.detach().sin()).sum().backward()
-    return [o.detach(), x.grad, *(p.grad for p in mixer.parameters())]
-
-
-def check_windows(device: str, compiled: bool) -> None:
-    """The far queries apart from the near ones, against all at once."""
-    got = windowed(MeshExchange(ALONE), device, compiled)
-    for x, y in zip(got, windowed(LocalExchange(), device, False), strict=True):
-        assert (x - y).norm() <= 1e-3 * y.norm()
-
-
-def test_far_queries_attend_apart() -> None:
-    check_windows("cpu", False)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_far_queries_attend_apart_on_a_gpu(compiled: bool) -> None:
-    """Through the exchanges' own stream, and FlexAttention."""
-    check_windows("cuda", compiled)

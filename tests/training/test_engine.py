@@ -238,7 +238,7 @@ def summed_gradients() -> dict[tuple[int, str], float]:
     prepare_rank()
     mesh = build_mesh(1)
     norms = {}
-    for stage, dtype in [(0, "float32"), *product((1, 2, 3), ("float32", "bfloat16"))]:
+    for stage, dtype in product(range(4), ("float32", "bfloat16")):
         config = tiny_run(tiny_config("gla"), sequence_length=LENGTH, zero=ZeroConfig(stage=stage))
         autocast = TorchAutocastConfig(enabled=True, reduce_dtype=dtype)
         config = replace(config, deepspeed=replace(config.deepspeed, torch_autocast=autocast))

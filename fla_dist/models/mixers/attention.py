@@ -70,46 +70,19 @@ class Attention(Mixer):
         if self.window_size is None:
             o = stream.full_attention("kv", q, k, v)
         else:
-            o = self._in_window(q, k, v, stream, self.window_size)
+            k, v = stream.with_halo("kv", (k, v), halo_width(self.window_size))
+            o = attention(q, k, v, self._window_mask(stream, self.window_size))
         return self.output(rearrange(o, "b t h k -> b t (h k)"))
-
-    def _in_window(
-        self, q: Tensor, k: Tensor, v: Tensor, stream: Stream, window_size: int
-    ) -> Tensor:
-        """While the keys before the slice are on their way, its later queries, which see none of
-        them, attend."""
-        near, *far = self._window_masks(stream, window_size)
-        if not stream.continues:
-            return attention(q, k, v, near)
-        width, early = window_size - 1, near.first.shape[1]
-        kv = torch.stack([k, v], dim=2)
-        before = stream.before("kv", kv, width)
-        k, v = kv.unbind(dim=2)
-        later = [attention(q[:, early:], k, v, mask) for mask in far]
-        seen = torch.cat([before.wait()[:, width - near.context :], kv[:, :early]], dim=1)
-        k, v = seen.unbind(dim=2)
-        return torch.cat([attention(q[:, :early], k, v, near), *later], dim=1)
 
     def prepare(self, stream: Stream) -> None:
         self._rotation(stream)
         if self.window_size is None:
             stream.exchange.prepare_attention(self.num_heads, self.num_kv_heads, stream)
         else:
-            self._window_masks(stream, self.window_size)
+            self._window_mask(stream, self.window_size)
 
-    def _window_masks(self, stream: Stream, window_size: int) -> list[AttentionMask]:
-        """Of the queries whose window may reach what is before the slice, and of those after
-        them, if they fill a block; where nothing can be before, of all at once."""
-        if not stream.continues:
-            return [stream.attention_mask(window_size, 0)]
-        length, width = stream.positions.shape[1], window_size - 1
-        early = (width // BLOCK + 1) * BLOCK
-        if early + BLOCK > length:
-            early = length
-        masks = [stream.attention_mask(window_size, stream.context(width), 0, early)]
-        if early < length:
-            masks.append(stream.attention_mask(window_size, early, early, length))
-        return masks
+    def _window_mask(self, stream: Stream, window_size: int) -> AttentionMask:
+        return stream.attention_mask(window_size, stream.context(halo_width(window_size)))
 
     def _rotation(self, stream: Stream) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.qkv.weight.dtype, torch.float32)
@@ -152,6 +125,13 @@ class SlidingWindowAttention(Attention):
         if config.window_size < 1:
             return f"window_size: {config.window_size}, expected at least 1"
         return Attention.problem(hidden_size, config)
+
+
+def halo_width(window_size: int) -> int:
+    """Tokens before a slice that its queries are given: those of the window, and a few more where
+    that makes whole blocks of keys."""
+    width = window_size - 1
+    return width if width < BLOCK else -(-width // BLOCK) * BLOCK
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -1,0 +1,75 @@
+"""Gradients summed over ranks while the backward goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fla_dist.training import gradients
+from fla_dist.training.gradients import GradientSum
+from tests.parallel.ranks import run_ranks
+
+
+def sums(dtype: torch.dtype | None) -> tuple[list[torch.Tensor], list[str]]:
+    """Two steps of two backwards each; the second step's gradients, and what happened in it."""
+    gradients.SMALL = 4
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    unused = nn.Parameter(torch.zeros(5))
+    events: list[str] = []
+    last = False
+    parameters = [*model.parameters(), unused]
+    gradient_sum = GradientSum(parameters, lambda: last, dtype)
+    reduce = dist.all_reduce
+
+    def noted(x: torch.Tensor, **options: Any) -> Any:
+        events.append(str(tuple(x.shape)))
+        return reduce(x, **options)
+
+    dist.all_reduce = noted
+    for step in range(2):
+        events.clear()
+        for p in parameters:
+            p.grad = None
+        for last in (False, True):
+            x = torch.ones(1, 3) * (dist.get_rank() + 1 + step + 2 * last)
+            model(x).sum().backward()
+            events.append("backward")
+        gradient_sum.finish()
+    dist.all_reduce = reduce
+    return [p.grad for p in parameters], events
+
+
+def test_large_gradients_set_out_during_the_last_backward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    for value in (2.0, 3.0, 4.0, 5.0):
+        model(torch.ones(1, 3) * value).sum().backward()
+    expected = [*(p.grad for p in model.parameters()), torch.zeros(5)]
+    for found, events in run_ranks(2, sums, None):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+        # The unused one is the last parameter and would set out first: none overtakes it.
+        assert events == ["backward", "backward", "(5,)", "(2, 3)", "(3, 3)", "(3, 3)", "(8,)"]
+
+
+def used_sums() -> list[int]:
+    gradients.SMALL = 4
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    gradient_sum = GradientSum(model.parameters(), lambda: True)
+    model(torch.ones(1, 3)).sum().backward()
+    started = gradient_sum._started
+    gradient_sum.finish()
+    return [started, gradient_sum._started]
+
+
+def test_all_have_set_out_when_the_backward_ends() -> None:
+    assert run_ranks(2, used_sums) == [[2, 0]] * 2
+
+
+def test_gradients_are_sent_in_the_dtype_that_is_set() -> None:
+    for found, _ in run_ranks(2, sums, torch.bfloat16):
+        assert all(torch.equal(x, x.bfloat16().float()) for x in found)
