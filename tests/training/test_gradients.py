@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,12 +14,13 @@ from fla_dist.training.gradients import GradientSum
 from tests.parallel.ranks import run_ranks
 
 
-def sums(dtype: torch.dtype | None) -> tuple[list[torch.Tensor], list[str]]:
+def sums(dtype: torch.dtype | None, device: str = "cpu") -> tuple[list[torch.Tensor], list[str]]:
     """Two steps of two backwards each; the second step's gradients, and what happened in it."""
     gradients.SMALL = 4
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
-    unused = nn.Parameter(torch.zeros(5))
+    model.to(device)
+    unused = nn.Parameter(torch.zeros(5, device=device))
     events: list[str] = []
     last = False
     parameters = [*model.parameters(), unused]
@@ -35,25 +37,35 @@ def sums(dtype: torch.dtype | None) -> tuple[list[torch.Tensor], list[str]]:
         for p in parameters:
             p.grad = None
         for last in (False, True):
-            x = torch.ones(1, 3) * (dist.get_rank() + 1 + step + 2 * last)
-            model(x).sum().backward()
+            x = torch.full((1, 3), float(dist.get_rank() + 1 + step + 2 * last))
+            model(x.to(device)).sum().backward()
             events.append("backward")
         gradient_sum.finish()
     dist.all_reduce = reduce
-    return [p.grad for p in parameters], events
+    return [p.grad.cpu() for p in parameters], events
 
 
-def test_large_gradients_set_out_during_the_last_backward() -> None:
+def check_sums(device: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     for value in (2.0, 3.0, 4.0, 5.0):
-        model(torch.ones(1, 3) * value).sum().backward()
+        model(torch.full((1, 3), value)).sum().backward()
     expected = [*(p.grad for p in model.parameters()), torch.zeros(5)]
-    for found, events in run_ranks(2, sums, None):
+    for found, events in run_ranks(2, sums, None, device, device=device):
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y)
         # The unused one is the last parameter and would set out first: none overtakes it.
         assert events == ["backward", "backward", "(5,)", "(2, 3)", "(3, 3)", "(3, 3)", "(8,)"]
+
+
+def test_gradients_of_several_backwards_are_summed() -> None:
+    check_sums("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_gradients_of_several_backwards_are_summed_over_nccl() -> None:
+    check_sums("cuda")
 
 
 def used_sums() -> list[int]:
