@@ -53,6 +53,8 @@ class GradientSum:
         if small:
             whole = torch.cat([gradient.flatten() for gradient in small])
             self._start(whole)
+            if watch := current_watch():  # the last to end, and small: the watch keeps it a second
+                watch.add("gradients", range(dist.get_world_size()), self._works[-1][2])
         with explained("gradients", range(dist.get_world_size())):
             for gradient, sent, work in self._works:
                 work.wait()
@@ -80,8 +82,6 @@ class GradientSum:
         work = dist.all_reduce(sent, async_op=True)
         assert work is not None
         self._works.append((gradient, sent, work))
-        if watch := current_watch():
-            watch.add("gradients", range(dist.get_world_size()), work)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
