@@ -42,7 +42,7 @@ _WIDE_WALK = Launch(128, 8, 2)
 TUNED: dict[tuple[int, int, int], Settings] = {
     (90, 128, 128): Settings(
         64, Launch(128, 4, 1, 168), Launch(64, 4, 2), _WIDE_WALK, Launch(128, 8, 3), _WIDE_WALK,
-        Launch(128, 8, 2, 128),
+        Launch(64, 4, 2),
     ),
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         chunk, walk = (32, Launch(32, 4, 1)) if wide <= 64 else (16, Launch(16, 4, 1))
         keys = walk
     else:
-        chunk, keys = 64, Launch(64, 4, 2)
+        chunk, keys = 64, Launch(64 if capability >= 90 else 32, 4, 2)  # six sums in registers
         narrow = Launch(64, 4 if capability >= 90 else 8, 1)
         walk = narrow if wide <= 128 else Launch(32, 8, 1)
     return Settings(chunk, prepare, walk, walk, walk, walk, keys)

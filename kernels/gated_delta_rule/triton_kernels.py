@@ -210,9 +210,12 @@ def prepare_kernel(
     tl.store(p_weight + BETA * plane, b_beta, mask=mask_c)
     b_written = tl.where(b_beta == 0, 0.0, 1.0)
 
-    b_keys = tl.zeros([C, C], dtype=tl.float32)
+    b_keys, b_scores = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     for first_k in tl.range(0, K, BK, num_stages=1):
-        b_k = load_tile(k, start, T, k_stride_t, first_k + tl.arange(0, BK), K, C)
+        o_k = first_k + tl.arange(0, BK)
+        b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
+        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)
         b_keys = tl.dot(b_k, tl.trans(b_k), b_keys, input_precision=PRECISION)
     if DECAY:
         b_sum, b_document, b_from_start, b_to_end, b_through = chunk_decay(
@@ -229,12 +232,6 @@ def prepare_kernel(
     tl.store(p_weight + WRITTEN_TO_END * plane, b_written, mask=mask_c)
 
     o_pairs = (row.to(tl.int64) * T + start) * C + o_c[:, None] * C + o_c[None, :]
-    b_scores = tl.zeros([C, C], dtype=tl.float32)
-    for first_k in tl.range(0, K, BK, num_stages=1):
-        o_k = first_k + tl.arange(0, BK)
-        b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
-        b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
-        b_scores = tl.dot(b_q, tl.trans(b_k), b_scores, input_precision=PRECISION)
     b_scores *= b_decay * scale
     tl.store(scores + o_pairs, b_scores.to(scores.dtype.element_ty), mask=mask_c[:, None])
     b_n = tl.where(o_c[:, None] > o_c[None, :], b_keys * b_decay, 0.0)
@@ -449,13 +446,12 @@ def key_gradient_kernel(
     """dq and dk of a chunk, and dβ; with SUMS each block of K its part of dg.
 
     dg_t is what all pairs of tokens s < t <= t' give the decay between them. A pair inside the
-    chunk is added at t' and taken off at s, from one matrix, so that it cancels where it must. What
-    all s before the chunk give comes through its state, in dq and dk; what all t' after it give,
-    through the state's gradient, in dk; both at once, across the whole chunk, are <S, dS'> times
-    its decay.
+    chunk is added at t' and taken off at s, with P and X as the products round them, so that it
+    cancels where it must. What all s before the chunk give comes through its state, in dq and dk;
+    what all t' after it give, through the state's gradient, in dk; both at once, across the whole
+    chunk, are <S, dS'> times its decay.
 
-    Grid: (N times blocks of K, 1, B·H). Reads do, dv, d once a block, q, k and both states once:
-    bound by memory. Three loops over V, so that the sums of two programs fit in registers.
+    Grid: (N times blocks of K, 1, B·H). Reads do, dv, d once a block, q, k and both states once.
     """
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
     block, chunk, row = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, tl.program_id(2)
@@ -470,80 +466,79 @@ def key_gradient_kernel(
     mask_c = o_c < T - start
     o_chunk = (batch * tl.cdiv(T, C) + chunk).to(tl.int64) * H + head
 
+    b_query, b_key = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     b_dq, b_dk = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
-    b_from_start = 1.0
-    if DECAY:
-        b_from_start = load_weight(weights, FROM_START, start, T, C)[:, None]
+    b_dk_after, b_across = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([BK, BK], dtype=tl.float32)
     for first_v in tl.range(0, V, BV, num_stages=STAGES):
         o_v = first_v + tl.arange(0, BV)
         b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
         b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
+        b_written = load_tile(written, start, T, H * V, o_v, V, C)
         b_state = load_state(states, o_chunk, o_v, o_k, V, K)
+        b_gradient = load_state(state_gradients, o_chunk, o_v, o_k, V, K)
         b_dq = tl.dot(b_do, b_state, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_dv, b_state, b_dk, input_precision=PRECISION)
-    b_dq *= b_from_start * scale
-    b_dk *= -b_from_start
-    b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
-    b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
-    if SUMS:
-        b_before = tl.sum(tl.trans(b_q * b_dq + b_k * b_dk), axis=0)
-
-    b_query, b_key = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    for first_v in tl.range(0, V, BV, num_stages=STAGES):
-        o_v = first_v + tl.arange(0, BV)
-        b_do = load_tile(do, start, T, do_stride_t, o_v, V, C)
-        b_dv = load_tile(dv, start, T, H * V, o_v, V, C)
-        b_written = tl.trans(load_tile(written, start, T, H * V, o_v, V, C))
-        b_query = tl.dot(b_do, b_written, b_query, input_precision=PRECISION)
-        b_key = tl.dot(b_dv, b_written, b_key, input_precision=PRECISION)
-    b_decay = tl.where(o_c[:, None] >= o_c[None, :], 1.0, 0.0)
-    b_document = o_c
-    if DECAY:
-        o_token = tl.minimum(start + o_c, T - 1)  # G goes on as it is beyond T: no exponent rises
-        b_sum = tl.load(weights + LOG_DECAY * (tl.num_programs(2).to(tl.int64) * T) + o_token)
-        if PACKED:
-            b_document = tl.load(doc_ids + batch.to(tl.int64) * T + o_token)
-        b_decay = pair_decay(b_sum, b_document, C, PACKED, False)
-    b_beta = load_weight(weights, BETA, start, T, C)
-    b_decay = tl.where(b_beta[None, :] != 0, b_decay, 0.0)
-    b_query *= b_decay * scale
-    b_key = tl.where(o_c[:, None] > o_c[None, :], b_key * -b_decay, 0.0)
-    if SUMS:
-        b_amount = b_query * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_amount += b_key * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        b_before += tl.sum(b_amount, axis=1) - tl.sum(tl.trans(b_amount), axis=1)
-    o_out = ((batch.to(tl.int64) * T + start) * H + head) * K + (o_c[:, None] * (H * K) + o_k)
-    mask = mask_c[:, None] & (o_k < K)[None, :]
-    b_pairs = b_query.to(b_k.dtype)
-    b_dq = tl.dot(b_pairs, b_k, b_dq, input_precision=PRECISION)
-    tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
-    b_dk = tl.dot(tl.trans(b_pairs), b_q, b_dk, input_precision=PRECISION)
-    b_pairs = (b_key + tl.trans(b_key)).to(b_k.dtype)
-
-    b_dk_after, across = tl.zeros([C, BK], dtype=tl.float32), 0.0
-    for first_v in tl.range(0, V, BV, num_stages=STAGES):
-        o_v = first_v + tl.arange(0, BV)
-        b_written = load_tile(written, start, T, H * V, o_v, V, C)
-        b_gradient = load_state(state_gradients, o_chunk, o_v, o_k, V, K)
+        b_query = tl.dot(b_do, tl.trans(b_written), b_query, input_precision=PRECISION)
+        b_key = tl.dot(b_dv, tl.trans(b_written), b_key, input_precision=PRECISION)
         b_dk_after = tl.dot(b_written, b_gradient, b_dk_after, input_precision=PRECISION)
         if SUMS:
-            b_state = load_state(states, o_chunk, o_v, o_k, V, K).to(tl.float32)
-            across += tl.sum(b_state * b_gradient.to(tl.float32))
-    b_dk_after *= load_weight(weights, WRITTEN_TO_END, start, T, C)[:, None]
-    if SUMS:
-        b_after = tl.sum(b_k * b_dk_after, axis=1)
-    # Two sums: the accumulator of one product after another would change its layout in between.
-    b_dk += tl.dot(b_pairs, b_k, b_dk_after, input_precision=PRECISION)
-    tl.store(dk + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+            b_across = tl.dot(tl.trans(b_state), b_gradient, b_across, input_precision=PRECISION)
 
     if SUMS:
+        across = tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_across, 0.0))
+        across *= tl.load(through + row * tl.cdiv(T, C) + chunk)
+    b_beta = load_weight(weights, BETA, start, T, C)
+    b_seen, b_exponent, b_document = scale, tl.zeros([C], dtype=tl.float32), o_c
+    b_looked = -1.0
+    if DECAY:
+        b_from_start = load_weight(weights, FROM_START, start, T, C)[:, None]
+        b_seen, b_looked = b_from_start * scale, -b_from_start
+        o_token = tl.minimum(start + o_c, T - 1)  # G goes on as it is beyond T: no exponent rises
+        b_exponent = tl.load(weights + LOG_DECAY * (tl.num_programs(2).to(tl.int64) * T) + o_token)
+        if PACKED:
+            b_document = tl.load(doc_ids + batch.to(tl.int64) * T + o_token)
+    b_dq *= b_seen
+    b_dk *= b_looked
+    b_dk_after *= load_weight(weights, WRITTEN_TO_END, start, T, C)[:, None]
+    b_written_exponent = tl.where(b_beta == 0, float("inf"), b_exponent)
+    if SUMS:  # a token's pair with itself has no decay: not in the sums, where it would be rounded
+        b_pair = o_c[:, None] > o_c[None, :]
+        b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_query, 0.0), axis=1)
+        b_own *= tl.where(b_beta == 0, 0.0, scale)
+    else:
+        b_pair = o_c[:, None] >= o_c[None, :]
+    if PACKED:
+        b_pair = b_pair & (b_document[:, None] == b_document[None, :])
+    b_exponent = b_exponent[:, None] - b_written_exponent[None, :]
+    b_decay = tl.exp2(tl.where(b_pair, b_exponent, float("-inf")))
+    b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
+    b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
+    b_query = (b_query * (b_decay * scale)).to(b_k.dtype)
+    b_key *= -b_decay
+    if not SUMS:
+        b_key = tl.where(o_c[:, None] > o_c[None, :], b_key, 0.0)
+    b_key = b_key.to(b_k.dtype)
+    b_dq = tl.dot(b_query, b_k, b_dq, input_precision=PRECISION)
+    if SUMS:
+        b_before = tl.sum(b_q * b_dq, axis=1)
+        b_dq += b_own[:, None] * b_k
+    o_out = ((batch.to(tl.int64) * T + start) * H + head) * K + (o_c[:, None] * (H * K) + o_k)
+    mask = mask_c[:, None] & (o_k < K)[None, :]
+    tl.store(dq + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
+    b_dk = tl.dot(b_key, b_k, b_dk, input_precision=PRECISION)
+    b_inside = tl.dot(tl.trans(b_query), b_q, input_precision=PRECISION)
+    b_inside = tl.dot(tl.trans(b_key), b_k, b_inside, input_precision=PRECISION)
+    if SUMS:
+        b_before += tl.sum(b_k * (b_dk - b_inside), axis=1)
+        b_after = tl.sum(b_k * b_dk_after, axis=1)
+        b_inside += b_own[:, None] * b_q
         b_amount = tl.where(o_c[:, None] >= o_c[None, :], b_before[:, None], b_after[:, None])
         if PACKED:
             b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
-        across *= tl.load(through + row * tl.cdiv(T, C) + chunk)
         dg += (block * (tl.num_programs(2) // H) + batch).to(tl.int64) * T * H + head
         p_dg = dg + (start + o_c).to(tl.int64) * H
         tl.store(p_dg, tl.sum(b_amount, axis=0) + across, mask=mask_c)
+    tl.store(dk + o_out, (b_dk + b_inside + b_dk_after).to(dk.dtype.element_ty), mask=mask)
     if block == 0:
         b_dbeta = load_row_sums(beta_sums + row.to(tl.int64) * T, parts, start, T, C)
         b_dbeta /= tl.where(b_beta == 0, 1.0, b_beta)
