@@ -98,7 +98,7 @@ class MeshExchange:
 
     @torch.compiler.disable
     def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
-        return with_halo(xs, width, self.slices)
+        return with_halo(xs, width, self.slices)[0]
 
     @torch.compiler.disable
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -153,12 +153,12 @@ class ReplayedExchange:
 
     @torch.compiler.disable
     def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
-        if self._replay is not None:
-            halos = next(self._replay)
-            return tuple(torch.cat(pair, dim=1) for pair in zip(halos, xs, strict=True))
-        wholes = self._exchange.with_halo(xs, width)
-        context = wholes[0].shape[1] - xs[0].shape[1]
-        self._received.append([whole[:, :context].detach().clone() for whole in wholes])
+        if not isinstance(self._exchange, MeshExchange):
+            return self._exchange.with_halo(xs, width)
+        kept = None if self._replay is None else next(self._replay)
+        wholes, halo = with_halo(xs, width, self._exchange.slices, kept)
+        if kept is None:
+            self._received.append(halo)
         return wholes
 
     @torch.compiler.disable

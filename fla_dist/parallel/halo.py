@@ -105,15 +105,41 @@ class _Wait(torch.autograd.Function):
         return None, gradient.new_zeros(())
 
 
-def with_halo(xs: tuple[Tensor, ...], width: int, slices: Slices) -> tuple[Tensor, ...]:
+def with_halo(
+    xs: tuple[Tensor, ...], width: int, slices: Slices, kept: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Each of `xs` [B, T, ...], all of one shape, behind the tokens before it: as many of the
     `width` before the slice as there are. They are on their way while the slices are copied.
 
     The gradients of what it returns are changed in place: they must be nobody else's.
+
+    Args:
+        kept: what an earlier call with the same values returned last: under recomputation, nothing
+            is sent.
+
+    Returns:
+        the slices behind their halos, and the halos as they came.
     """
     length = xs[0].shape[1]
     context = min(width, sum(slices.lengths_beside(length)[: slices.rank]))
-    return _WithHalo.apply(_Link(slices, width, length), context, *xs)
+    link = _Link(slices, width, length) if kept is None else _Kept(width, length, kept)
+    *wholes, halo = _WithHalo.apply(link, context, *xs)
+    return tuple(wholes), halo
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A link whose halo is there already."""
+
+    width: int
+    length: int
+    halo: Tensor
+
+    def send(self, x: Tensor) -> None:
+        pass
+
+    def wait(self) -> Tensor:
+        return self.halo
 
 
 class _WithHalo(torch.autograd.Function):
@@ -125,13 +151,17 @@ class _WithHalo(torch.autograd.Function):
         wholes = [x.new_empty(x.shape[0], context + x.shape[1], *x.shape[2:]) for x in xs]
         for whole, x in zip(wholes, xs, strict=True):
             whole[:, context:] = x
-        halo = link.wait()[:, link.width - context :]
-        for whole, before in zip(wholes, halo.unbind(dim=2), strict=True):
-            whole[:, :context] = before
-        return tuple(wholes)
+        halo = link.wait()
+        before = halo[:, link.width - context :]
+        for i, whole in enumerate(wholes):
+            whole[:, :context] = before[:, :, i]
+        halo = halo.view_as(halo)
+        ctx.mark_non_differentiable(halo)
+        return *wholes, halo
 
     @staticmethod
     def backward(ctx, *gradients):
+        *gradients, _ = gradients
         context = ctx.context
         ctx.link.send_back(torch.stack([gradient[:, :context] for gradient in gradients], dim=2))
         end = ctx.link.wait()
