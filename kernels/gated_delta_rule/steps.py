@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
@@ -53,7 +52,7 @@ def prepare(
     [B, H, N], or an empty tensor where nothing decays or restarts; of v only the shape matters."""
     batch, length, heads, _ = v.shape
     key_size, chosen = q.shape[-1], _settings(q, v)
-    count, decay = triton.cdiv(length, chosen.chunk), g is not None or doc_ids is not None
+    count, decay = -(-length // chosen.chunk), g is not None or doc_ids is not None
     inverse, scores = (q.new_empty(batch, heads, length, chosen.chunk) for _ in range(2))
     weights = floats(q, 5 if decay else 2, batch, heads, length)
     through = floats(q, batch, heads, count if decay else 0)
@@ -86,9 +85,9 @@ def _value_walk(
     batch, _, heads, value_size = v.shape
     key_size, itemsize = q.shape[-1], q.element_size()
     block = min(padded(value_size, itemsize), launch.block)
-    blocks = triton.cdiv(value_size, block)
+    blocks = -(-value_size // block)
     if transition is not None:
-        blocks += triton.cdiv(key_size, block)
+        blocks += -(-key_size // block)
     value_walk_kernel[(blocks, segments(q, v), batch * heads)](
         q, k, v, weights, through, inverse, scores, entering, leaving, transition, o, written,
         states, *_sizes(q, v), _segment(q, v), scale, *strides(q), *strides(k), *strides(v),
@@ -159,7 +158,7 @@ def summarize_gradient(
     gradient = floats(do, batch, segments(q, do), heads, q.shape[-1], value_size)
     launch = _settings(q, do).summarize_gradient
     block = min(padded(value_size, q.element_size()), launch.block)
-    value_gradient_kernel[(triton.cdiv(value_size, block), segments(q, do), batch * heads)](
+    value_gradient_kernel[(-(-value_size // block), segments(q, do), batch * heads)](
         q, k, do, weights, through, inverse, scores, None, None, gradient, None, None, None,
         *_sizes(q, do), _segment(q, do), scale, *strides(q), *strides(k), *strides(do),
         BV=block, SUMMARIZE=True, **_common(q, do, through, launch),

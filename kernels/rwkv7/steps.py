@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import floats, padded, precision, step
@@ -59,7 +58,7 @@ def prepare(
     batch, length, heads, key_size = r.shape
     chosen = _settings(r, v)
     chunk, launch = chosen.chunk, chosen.prepare
-    count = triton.cdiv(length, chunk)
+    count = -(-length // chunk)
     reads, writes = (r.new_empty(2, batch, heads, length, key_size) for _ in range(2))
     pairs = r.new_empty(4, batch, heads, length, chunk)
     through = floats(r, batch, heads, count, key_size)
@@ -96,12 +95,12 @@ def _value_walk(
     segment = _segment(chosen, z)
     launch = chosen.value_walk if states is not None else chosen.summarize
     block = min(padded(value_size, itemsize), launch.block)
-    blocks = triton.cdiv(value_size, block)
+    blocks = -(-value_size // block)
     if transition is not None:
-        blocks += triton.cdiv(key_size, block)
+        blocks += -(-key_size // block)
     if reverse:
         reads, writes = writes, reads
-    value_walk_kernel[(blocks, triton.cdiv(length, segment), batch * heads)](
+    value_walk_kernel[(blocks, -(-length // segment), batch * heads)](
         reads, writes, z, pairs, through, entering, out, solved, states, leaving, transition,
         length, heads, segment, segment if states is None else chosen.stretch,
         C=chosen.chunk, K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
@@ -165,7 +164,7 @@ def walk(
     batch, length, heads, value_size = z.shape
     key_size = reads.shape[-1]
     out, solved = torch.empty_like(z), torch.empty_like(z)
-    count = triton.cdiv(length, _settings(reads, z).stretch)
+    count = -(-length // _settings(reads, z).stretch)
     states = floats(z, batch, count, heads, key_size, value_size)
     leaving = floats(z, batch, heads, key_size, value_size)
     _value_walk(
@@ -205,7 +204,7 @@ def key_gradient(
         (False, (du, do), (u, v), reads, writes, states, da, dr),
         (True, (u, v), (du, do), writes, reads, gradients, db, dk),
     ):
-        key_walk_kernel[(triton.cdiv(key_size, block), states.shape[1], batch * heads)](
+        key_walk_kernel[(-(-key_size // block), states.shape[1], batch * heads)](
             *values, *added, own, other, through, kept, first, second, sums,
             states, final, across,
             length, heads, chosen.stretch,
