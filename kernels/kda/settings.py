@@ -42,11 +42,13 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
     """By a rule that keeps each program's state near 32 KiB of registers."""
     wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
     if itemsize == 4:
-        pairs = Launch(32 if wide <= 256 else 16, 4, 2)
+        prepare = pairs = Launch(32 if wide <= 256 else 16, 4, 2)
         forward = back = keys = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
-        pairs = Launch(32, 1, 2)
+        prepare = pairs = Launch(32, 1, 2)
+        if capability >= 90:
+            pairs = Launch(16, 1, 2, 168)
         forward = back = keys = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
         if wide <= 128 and capability >= 90:
             forward, back = Launch(64, 4, 3, 168), Launch(64, 4, 4)
-    return Settings(16, pairs, forward, forward, back, back, keys, keys, pairs)
+    return Settings(16, prepare, forward, forward, back, back, keys, keys, pairs)

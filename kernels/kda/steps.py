@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, floats, padded, precision, step, strides
-from fla_dist.kernels.common.levels import span_types, spans
+from fla_dist.kernels.common.levels import identity, span_types, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.kda.settings import Settings, settings
 from fla_dist.kernels.kda.triton_kernels import (
@@ -48,8 +48,8 @@ def prepare(
     q_in, k_in, k_out = (q.new_empty(batch, heads, length, key_size) for _ in range(3))
     scores, inverse = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
     through = floats(q, batch, heads, chunks, key_size)
-    prepare_kernel[(chunks, batch * heads)](
-        q, k, g, beta, doc_ids, spans(chunk, span_types(q.dtype)[0], q.device),
+    prepare_kernel[(chunks * heads, batch)](
+        q, k, g, beta, doc_ids, identity(chunk, span_types(q.dtype)[0], q.device),
         q_in, k_in, k_out, through, scores, inverse,
         length, heads, scale, *strides(q), *strides(k), *strides(g), *beta.stride(),
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size,
@@ -218,10 +218,11 @@ def key_gradient(
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
     dbeta = floats(q, batch, length, heads)
     launch = chosen.pairs
-    summed, gradient_spans = (spans(chunk, dtype, q.device) for dtype in span_types(q.dtype))
-    pair_gradient_kernel[(chunks, batch * heads)](
-        q, k, g, beta, *given, doc_ids, summed, gradient_spans, dq_in, dk_in, dk_out, across,
-        dq, dk, dg, dbeta, length, heads, scale,
+    summed, summed_gradient = span_types(q.dtype)
+    pair_gradient_kernel[(chunks * heads, batch)](
+        q, k, g, beta, *given, doc_ids,
+        identity(chunk, summed, q.device), spans(chunk, summed_gradient, q.device),
+        dq_in, dk_in, dk_out, across, dq, dk, dg, dbeta, length, heads, scale,
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
         BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None,
