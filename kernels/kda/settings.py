@@ -12,9 +12,10 @@ from fla_dist.kernels.common.launch import Launch, padded
 CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (128, 128))}
 """(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
 serves others."""
-SHORTEST = 16
+SHORTEST = 128
 """Tokens below which the reference serves: the gradient of one token's beta is a difference of
-numbers that bf16 has rounded, 6e-3 off."""
+numbers that bf16 has rounded, 6e-3 off; among 100 tokens, one number of dg can be half of its norm,
+and what the state in it loses in bf16 puts dg 5.1e-3 off."""
 
 
 @dataclass(frozen=True)
