@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -78,6 +78,15 @@ def padded(size: int, itemsize: int) -> int:
 def power_of_two(size: int) -> int:
     """The least one that is no less. (Triton's own takes the host longer than an allocation.)"""
     return 1 << (size - 1).bit_length()
+
+
+def is_checked(x: Tensor, key_size: int, value_size: int, widths: Collection[Any]) -> bool:
+    """Whether kernels were checked on such a GPU as x's: (dtype, K, V), as blocks take them, is in
+    `widths`. Sizes of one width differ by masks; rows must be whole numbers of 16 bytes."""
+    itemsize = x.element_size()
+    if capability(x) != 90 or key_size * itemsize % 16 or value_size * itemsize % 16:
+        return False
+    return (x.dtype, padded(key_size, itemsize), padded(value_size, itemsize)) in widths
 
 
 def capability(tensor: Tensor) -> int:
