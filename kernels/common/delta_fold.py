@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_dist.kernels.common.launch import Kernel, step
+from fla_dist.kernels.common.launch import Kernel, power_of_two, step
 from fla_dist.kernels.state import Dense, fold
 
 LARGEST_KEY = 128
@@ -85,9 +85,9 @@ def dense_fold(
         return fold(Dense(transition), state, entering, reverse=reverse)
     entries, final = torch.empty_like(state), torch.empty_like(state[:, 0])
     block = 16
-    dense_fold_kernel[(triton.cdiv(value_size, block), batch * heads)](
+    dense_fold_kernel[(-(-value_size // block), batch * heads)](
         transition, state, initial, entries, final, count, heads, key_size, value_size,
-        HALF=max(16, triton.next_power_of_2(key_size) // 2), BV=block,
+        HALF=max(16, power_of_two(key_size) // 2), BV=block,
         HAS_INITIAL=initial is not None, REVERSE=reverse, num_warps=4, num_stages=1,
     )  # fmt: skip
     return entries, final

@@ -105,7 +105,7 @@ def fold_op(
     batch, count, heads, key_size, value_size = state.shape
     entries, final = torch.empty_like(state), torch.empty_like(state[:, 0])
     block = 512
-    fold_kernel[(triton.cdiv(heads * key_size * value_size, block), batch)](
+    fold_kernel[(-(-(heads * key_size * value_size) // block), batch)](
         log_decay, state, initial, entries, final,
         count, heads, key_size, value_size, *log_decay.expand_as(state).stride(),
         HAS_INITIAL=initial is not None, REVERSE=reverse, BLOCK=block, num_warps=4,

@@ -75,21 +75,22 @@ def wait_for(word, bits):
 
 @triton.jit
 def entering_state(
-    b_log, b_state, initial, final, maps, carried, arrived, o_d, mask_d,
+    b_log, b_state, initial, final, joining, arrived, o_d, mask_d,
     D: tl.constexpr, HAS_INITIAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """[BD], the state that enters this program's segment, whose map is (b_log, b_state).
 
-    Segments are counted in the order of the walk, tl.program_id(1). maps: [B, S, 2, D].  carried:
-    [B, groups, D], the state that enters a group.  arrived: int32 [B, groups, blocks of D]: bit u
-    is set when member u's map is there, bit GROUP when the carried state is.
+    Segments are counted in the order of the walk, tl.program_id(1). joining: [B, 2 S + groups, D],
+    the segments' maps and the states that enter the groups.  arrived: int32 [B, groups, blocks of
+    D]: bit u is set when member u's map is there, bit GROUP when the carried state is.
     """
     index, count = tl.program_id(1), tl.num_programs(1)
     group, member = index // GROUP, index % GROUP
     groups, batch = tl.cdiv(count, GROUP), tl.program_id(2).to(tl.int64)
     at_group = batch * groups + group
     word = arrived + at_group * tl.num_programs(0) + tl.program_id(0)
-    p_map = maps + (batch * count + index) * 2 * D + o_d
+    joining += batch * (2 * count + groups) * D + o_d
+    p_map, p_carried = joining + index * 2 * D, joining + (2 * count + group) * D
     tl.store(p_map, b_log, mask=mask_d)
     tl.store(p_map + D, b_state, mask=mask_d)
     tl.debug_barrier()
@@ -114,13 +115,13 @@ def entering_state(
     else:
         if (seen & (1 << GROUP)) == 0:
             wait_for(word, 1 << GROUP)
-        b_carried += tl.load(carried + at_group * D + o_d, mask=mask_d, other=0.0)
+        b_carried += tl.load(p_carried, mask=mask_d, other=0.0)
     b_entering = tl.exp2(b_before_log) * b_carried + b_before_state
     b_leaving = tl.exp2(b_log) * b_entering + b_state
     if index == count - 1:
         tl.store(final + batch * D + o_d, b_leaving, mask=mask_d)
     elif member == GROUP - 1:
-        tl.store(carried + (at_group + 1) * D + o_d, b_leaving, mask=mask_d)
+        tl.store(p_carried + D, b_leaving, mask=mask_d)
         tl.debug_barrier()
         tl.atomic_or(word + tl.num_programs(0), 1 << GROUP, sem="release")
     return b_entering
@@ -154,7 +155,7 @@ def starts_document(starts, o_token, valid, EVEN: tl.constexpr):
 @Kernel
 @triton.jit
 def forward_kernel(
-    x, g, starts, initial, h, final, maps, carried, arrived,
+    x, g, starts, initial, h, final, joining, arrived,
     T, x_stride_b, g_stride_b,
     D: tl.constexpr, x_stride_t: tl.constexpr, g_stride_t: tl.constexpr, RESET: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
@@ -192,7 +193,7 @@ def forward_kernel(
         o_token += U
     b_log, b_h, b_total_log, b_total = join_rows(b_log, b_h, R)
     b_entering = entering_state(
-        b_total_log, b_total, initial, final, maps, carried, arrived, o_d, mask_d,
+        b_total_log, b_total, initial, final, joining, arrived, o_d, mask_d,
         D, HAS_INITIAL, GROUP,
     )  # fmt: skip
 
@@ -219,7 +220,7 @@ def forward_kernel(
 @Kernel
 @triton.jit
 def backward_kernel(
-    x, g, h, dh, starts, initial, final_gradient, dx, dg, initial_gradient, maps, carried, arrived,
+    x, g, h, dh, starts, initial, final_gradient, dx, dg, initial_gradient, joining, arrived,
     T, x_stride_b, g_stride_b, dh_stride_b,
     D: tl.constexpr, x_stride_t: tl.constexpr, g_stride_t: tl.constexpr, dh_stride_t: tl.constexpr,
     RESET: tl.constexpr, R: tl.constexpr, L: tl.constexpr, U: tl.constexpr, BD: tl.constexpr,
@@ -256,7 +257,7 @@ def backward_kernel(
         o_token -= U
     b_log, b_e, b_total_log, b_total = join_rows(b_log, b_e, R)
     b_entering = entering_state(
-        b_total_log, b_total, final_gradient, initial_gradient, maps, carried, arrived, o_d, mask_d,
+        b_total_log, b_total, final_gradient, initial_gradient, joining, arrived, o_d, mask_d,
         D, HAS_FINAL, GROUP,
     )  # fmt: skip
 

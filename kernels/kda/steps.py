@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_dist.kernels.common import launch as launches
 from fla_dist.kernels.common.launch import Launch, floats, padded, precision, step, strides
-from fla_dist.kernels.common.levels import span_types, spans
+from fla_dist.kernels.common.levels import identity, span_types, spans
 from fla_dist.kernels.common.segments import segment_length
 from fla_dist.kernels.kda.settings import Settings, settings
 from fla_dist.kernels.kda.triton_kernels import (
@@ -45,12 +44,12 @@ def prepare(
     batch, length, heads, key_size = q.shape
     chosen = _settings(q, v)
     chunk, launch = chosen.chunk, chosen.prepare
-    chunks = triton.cdiv(length, chunk)
+    chunks = -(-length // chunk)
     q_in, k_in, k_out = (q.new_empty(batch, heads, length, key_size) for _ in range(3))
     scores, inverse = (q.new_empty(batch, heads, length, chunk) for _ in range(2))
     through = floats(q, batch, heads, chunks, key_size)
-    prepare_kernel[(chunks, batch * heads)](
-        q, k, g, beta, doc_ids, spans(chunk, span_types(q.dtype)[0], q.device),
+    prepare_kernel[(chunks * heads, batch)](
+        q, k, g, beta, doc_ids, identity(chunk, span_types(q.dtype)[0], q.device),
         q_in, k_in, k_out, through, scores, inverse,
         length, heads, scale, *strides(q), *strides(k), *strides(g), *beta.stride(),
         C=chunk, LEVELS=chunk.bit_length() - 1, K=key_size,
@@ -77,9 +76,9 @@ def _value_walk(
     batch, length, heads, value_size = v.shape
     key_size, itemsize = k_in.shape[-1], k_in.element_size()
     block = min(padded(value_size, itemsize), launch.block)
-    blocks = triton.cdiv(value_size, block)
+    blocks = -(-value_size // block)
     if transition is not None:
-        blocks += triton.cdiv(key_size, block)
+        blocks += -(-key_size // block)
     value_walk_kernel[(blocks, segments(k_in, v), batch * heads)](
         q_in, k_in, k_out, v, through, inverse, scores, entering, leaving, transition, o, residual,
         length, heads, _segment(k_in, v), *strides(v),
@@ -137,7 +136,7 @@ def _value_gradient(
     batch, length, heads, value_size = do.shape
     key_size, itemsize = k_in.shape[-1], k_in.element_size()
     block = min(padded(value_size, itemsize), launch.block)
-    value_gradient_kernel[(triton.cdiv(value_size, block), segments(k_in, do), batch * heads)](
+    value_gradient_kernel[(-(-value_size // block), segments(k_in, do), batch * heads)](
         q_in, k_in, k_out, do, through, inverse, scores, leaving, entering, dv,
         length, heads, _segment(k_in, do), *strides(do),
         C=inverse.shape[-1], K=key_size, V=value_size, BK=padded(key_size, itemsize), BV=block,
@@ -211,7 +210,7 @@ def key_gradient(
         ),
     ):  # fmt: skip
         block = min(padded(key_size, itemsize), launch.block)
-        kernel[(triton.cdiv(key_size, block), entering.shape[1], batch * heads)](
+        kernel[(-(-key_size // block), entering.shape[1], batch * heads)](
             *prepared, *given, through, *arguments, *sizes,
             BK=block, BV=padded(value_size, itemsize), STAGES=launch.stages, **common,
             **launch.options(),
@@ -219,10 +218,11 @@ def key_gradient(
     dq, dk, dg = q.new_empty(q.shape), k.new_empty(k.shape), g.new_empty(g.shape)
     dbeta = floats(q, batch, length, heads)
     launch = chosen.pairs
-    summed, gradient_spans = (spans(chunk, dtype, q.device) for dtype in span_types(q.dtype))
-    pair_gradient_kernel[(chunks, batch * heads)](
-        q, k, g, beta, *given, doc_ids, summed, gradient_spans, dq_in, dk_in, dk_out, across,
-        dq, dk, dg, dbeta, length, heads, scale,
+    summed, summed_gradient = span_types(q.dtype)
+    pair_gradient_kernel[(chunks * heads, batch)](
+        q, k, g, beta, *given, doc_ids,
+        identity(chunk, summed, q.device), spans(chunk, summed_gradient, q.device),
+        dq_in, dk_in, dk_out, across, dq, dk, dg, dbeta, length, heads, scale,
         *strides(q), *strides(k), *strides(g), *beta.stride(), *strides(do),
         LEVELS=chunk.bit_length() - 1, BK=min(padded(key_size, itemsize), launch.block),
         BV=min(padded(value_size, itemsize), launch.block), PACKED=doc_ids is not None,

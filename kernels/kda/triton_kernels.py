@@ -46,11 +46,15 @@ import triton.language as tl
 from fla_dist.kernels.common.launch import Kernel
 from fla_dist.kernels.common.levels import (
     chunk_documents,
+    first_decays,
     is_later,
     level_pairs,
+    load_spans,
+    next_decays,
+    program_chunk,
     summands,
 )
-from fla_dist.kernels.common.segments import LOG2_E, negligible
+from fla_dist.kernels.common.segments import negligible
 from fla_dist.kernels.gated_delta_rule.triton_kernels import (
     load_pairs,
     load_tile,
@@ -76,7 +80,7 @@ def product_in_parts(b_x, b_y, b_sum, PARTS: tl.constexpr, PRECISION: tl.constex
 @Kernel
 @triton.jit
 def prepare_kernel(
-    q, k, g, beta, doc_ids, spans, q_in, k_in, k_out, through, scores, inverse,
+    q, k, g, beta, doc_ids, identity, q_in, k_in, k_out, through, scores, inverse,
     T, H, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
@@ -86,10 +90,10 @@ def prepare_kernel(
     """q̂, -K̂ and k̄, zero where a document keeps the token from the chunk's start or its end; the
     decay over the chunk, zero where a document starts in it; A and Y.
 
-    Grid: (N, B·H). Reads q, k, g once, writes as much and 2 C numbers a token.
+    Grid: (N·H, B). Reads q, k, g once, writes as much and 2 C numbers a token.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    batch, head, start = row // H, row % H, chunk * C
+    batch, chunk, head = program_chunk(H)
+    row, start = batch * H + head, chunk * C
     o_c = tl.arange(0, C)
     mask_c = o_c < T - start
     q += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -97,7 +101,7 @@ def prepare_kernel(
     g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
     beta += batch.to(tl.int64) * beta_stride_b + head.to(tl.int64) * beta_stride_h
     first = row.to(tl.int64) * T + start
-    through += (row.to(tl.int64) * tl.num_programs(0) + chunk) * K
+    through += (row.to(tl.int64) * tl.cdiv(T, C) + chunk) * K
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
     b_document, b_continues, b_last, passes = chunk_documents(doc_ids, start, T, C, PACKED)
@@ -105,45 +109,54 @@ def prepare_kernel(
     b_beta = tl.load(p_beta, mask=mask_c, other=0.0).to(tl.float32)
     o_pair = o_c[:, None] * C + o_c[None, :]
 
+    b_identity = tl.load(identity + o_pair)
     b_score, b_keys = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+    b_self = tl.zeros([C], dtype=tl.float32)
     for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
-        mask_k = o_k < K
-        mask = mask_c[:, None] & mask_k[None, :]
+        mask_k = (o_k < K)[None, :]
+        mask = mask_c[:, None] & mask_k
         b_q = load_tile(q, start, T, q_stride_t, o_k, K, C)
         b_k = load_tile(k, start, T, k_stride_t, o_k, K, C)
         b_g = load_tile(g, start, T, g_stride_t, o_k, K, C)
+        dtype: tl.constexpr = q.dtype.element_ty
+        # Nothing is summed here, but what comes is in the products' layout.
         b_summands = summands(b_g, PRECISION == "ieee")
+        b_single = tl.exp2(tl.dot(b_identity, b_summands, input_precision="ieee"))
+        b_q, b_k = b_single * 0 + b_q, b_single * 0 + b_k
+        b_self += tl.sum(b_q * b_k, axis=1)
+        b_before, b_after, b_block = first_decays(b_single, False)
+        for level in tl.static_range(LEVELS):
+            later = is_later(o_c, level)[:, None]
+            b_decay = tl.where(later, b_before, b_after)
+            b_query, b_key = (b_q * b_decay).to(dtype), b_k * b_decay
+            b_earlier, b_key = tl.trans(b_key).to(dtype), b_key.to(dtype)
+            b_pairs = level_pairs(o_c, level)
+            b_product = tl.dot(b_query, b_earlier, input_precision=PRECISION)
+            b_score += tl.where(b_pairs, b_product, 0.0)
+            b_product = tl.dot(b_key, b_earlier, input_precision=PRECISION)
+            b_keys += tl.where(b_pairs, b_product, 0.0)
+            b_before, b_after, b_block = next_decays(
+                b_before, b_after, b_block, b_decay, later, 0, level
+            )
 
-        o_ck = (first + o_c[:, None]) * K + o_k[None, :]
-        b_before = tl.load(spans + LEVELS * C * C + o_pair)
-        b_after = tl.load(spans + (LEVELS + 1) * C * C + o_pair)
-        b_from_start = tl.exp2(tl.dot(b_before, b_summands, input_precision="ieee"))
-        b_to_end = tl.exp2(tl.dot(b_after, b_summands, input_precision="ieee"))
-        b_through = tl.exp2(tl.sum(b_g.to(tl.float32), axis=0) * LOG2_E)
         if PACKED:
-            b_from_start = tl.where(b_continues[:, None], b_from_start, 0.0)
-            b_to_end = tl.where(b_last[:, None], b_to_end, 0.0)
-            b_through = tl.where(passes, b_through, 0.0)
-        b_in, b_held = b_q * b_from_start * scale, b_k * -b_from_start
-        b_out = b_k * b_to_end * b_beta[:, None]
+            b_before = tl.where(b_continues[:, None], b_before, 0.0)
+            b_after = tl.where(b_last[:, None], b_after, 0.0)
+            b_block = tl.where(passes, b_block, 0.0)
+        b_in, b_held, b_out = (
+            b_q * b_before * scale,
+            b_k * -b_before,
+            b_k * b_after * b_beta[:, None],
+        )
+        o_ck = (first + o_c[:, None]) * K + o_k[None, :]
         tl.store(q_in + o_ck, b_in.to(q_in.dtype.element_ty), mask=mask)
         tl.store(k_in + o_ck, b_held.to(k_in.dtype.element_ty), mask=mask)
         tl.store(k_out + o_ck, b_out.to(k_out.dtype.element_ty), mask=mask)
-        tl.store(through + o_k, b_through, mask=mask_k)
+        p_through = through + o_c[:, None] * 0 + o_k[None, :]
+        tl.store(p_through, b_block, mask=(o_c == 0)[:, None] & mask_k)
 
-        b_product = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_score += tl.where(o_c[:, None] == o_c[None, :], b_product, 0.0)
-        for level in tl.static_range(LEVELS):
-            b_span = tl.load(spans + level * C * C + o_pair)
-            b_decay = tl.exp2(tl.dot(b_span, b_summands, input_precision="ieee"))
-            b_query, b_key = (b_q * b_decay).to(b_q.dtype), (b_k * b_decay).to(b_k.dtype)
-            b_pairs = level_pairs(o_c, level)
-            b_product = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-            b_score += tl.where(b_pairs, b_product, 0.0)
-            b_product = tl.dot(b_key, tl.trans(b_key), input_precision=PRECISION)
-            b_keys += tl.where(b_pairs, b_product, 0.0)
-
+    b_score = tl.where(o_c[:, None] == o_c[None, :], b_self[:, None], b_score)
     visible = o_c[:, None] >= o_c[None, :]
     if PACKED:
         visible = visible & (b_document[:, None] == b_document[None, :])
@@ -422,8 +435,8 @@ def key_walk_kernel(
 @Kernel
 @triton.jit
 def pair_gradient_kernel(
-    q, k, g, beta, do, dv, residual, doc_ids, spans, gradient_spans, dq_in, dk_in, dk_out, across,
-    dq, dk, dg, dbeta,
+    q, k, g, beta, do, dv, residual, doc_ids, identity, gradient_spans, dq_in, dk_in, dk_out,
+    across, dq, dk, dg, dbeta,
     T, H, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
@@ -439,10 +452,10 @@ def pair_gradient_kernel(
     q_t or k_t, as the earlier one with beta_s k_s. P and X are mirrored at the diagonal, so that
     one product a matrix gives both sides their gradients.
 
-    Grid: (N, B·H). Reads q, k, g, do, dv, r and the walks' three once, writes dq, dk, dg.
+    Grid: (N·H, B). Reads q, k, g, do, dv, r and the walks' three once, writes dq, dk, dg.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    batch, head, start = row // H, row % H, chunk * C
+    batch, chunk, head = program_chunk(H)
+    row, start = batch * H + head, chunk * C
     o_c = tl.arange(0, C)
     mask_c = o_c < T - start
     q += batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -452,7 +465,7 @@ def pair_gradient_kernel(
     do += batch.to(tl.int64) * do_stride_b + head.to(tl.int64) * do_stride_h
     dv += (batch.to(tl.int64) * T * H + head) * V
     residual += (batch.to(tl.int64) * T * H + head) * V
-    o_chunk = (row.to(tl.int64) * tl.num_programs(0) + chunk) * K
+    o_chunk = (row.to(tl.int64) * tl.cdiv(T, C) + chunk) * K
     o_out = ((batch.to(tl.int64) * T + start) * H + head) * K
     if PACKED:
         doc_ids += batch.to(tl.int64) * T
@@ -482,7 +495,8 @@ def pair_gradient_kernel(
 
     # Everything else is transposed, [K, C]: what one product returns enters the next as it is.
     o_pair = o_c[:, None] * C + o_c[None, :]
-    o_transposed = o_c[None, :] * C + o_c[:, None]
+    b_identity = tl.load(identity + o_pair)
+    b_gradient_spans = load_spans(gradient_spans, o_pair, LEVELS + 2, C)
     b_dbeta = tl.zeros([C], dtype=tl.float32)
     for first_k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = first_k + tl.arange(0, BK)
@@ -492,48 +506,49 @@ def pair_gradient_kernel(
         b_summands = summands(
             tl.trans(load_tile(g, start, T, g_stride_t, o_k, K, C)), PRECISION == "ieee"
         )
-        b_written = b_k * b_beta[None, :]
         o_given = (o_chunk + o_k)[:, None] * C + o_c[None, :]
         mask_given = mask_k[:, None] & (o_c < C)[None, :]
-        b_dq = tl.load(dq_in + o_given, mask=mask_given, other=0.0).to(tl.float32) * scale
-        b_dk = -tl.load(dk_in + o_given, mask=mask_given, other=0.0).to(tl.float32)
-        b_dw = tl.load(dk_out + o_given, mask=mask_given, other=0.0).to(tl.float32)
-        b_before = tl.load(spans + LEVELS * C * C + o_transposed)
-        b_after = tl.load(spans + (LEVELS + 1) * C * C + o_transposed)
-        b_from_start = tl.exp2(tl.dot(b_summands, b_before, input_precision="ieee"))
-        b_to_end = tl.exp2(tl.dot(b_summands, b_after, input_precision="ieee"))
-        if PACKED:
-            b_from_start = tl.where(b_continues[None, :], b_from_start, 0.0)
-            b_to_end = tl.where(b_last[None, :], b_to_end, 0.0)
-        b_dq *= b_from_start
-        b_dk *= b_from_start
-        b_dw *= b_to_end
-        b_before = tl.load(gradient_spans + LEVELS * C * C + o_pair)
-        b_after = tl.load(gradient_spans + (LEVELS + 1) * C * C + o_pair)
+        b_outer_q = tl.load(dq_in + o_given, mask=mask_given, other=0.0)
+        b_outer_k = tl.load(dk_in + o_given, mask=mask_given, other=0.0)
+        b_outer_w = tl.load(dk_out + o_given, mask=mask_given, other=0.0)
+        b_single = tl.exp2(tl.dot(b_summands, b_identity, input_precision="ieee"))
+        b_written = b_k * b_beta[None, :]
         b_dg = tl.zeros([BK, C], dtype=tl.float32)
-        b_dg = product_in_parts(b_q * b_dq + b_k * b_dk, b_before, b_dg, PARTS, "ieee")
-        b_dg = product_in_parts(b_written * b_dw, b_after, b_dg, PARTS, "ieee")
+        b_dq, b_dk, b_dw = b_self * b_written, tl.zeros([BK, C], dtype=tl.float32), b_self * b_q
+        b_before, b_after, b_block = first_decays(b_single, False)
         for level in tl.static_range(LEVELS):
-            b_span = tl.load(spans + level * C * C + o_transposed)
-            b_gradient_span = tl.load(gradient_spans + level * C * C + o_pair)
             later = is_later(o_c, level)[None, :]
-            b_decay = tl.exp2(tl.dot(b_summands, b_span, input_precision="ieee"))
-            b_later, b_earlier = tl.where(later, b_decay, 0.0), tl.where(later, 0.0, b_decay)
-            b_writer = b_written * b_earlier
-            b_query, b_key = b_q * b_later + b_writer, b_k * b_later + b_writer
+            b_decay = tl.where(later, b_before, b_after)
+            b_query = tl.where(later, b_q, b_written) * b_decay
+            b_key = tl.where(later, b_k, b_written) * b_decay
             b_pairs = level_pairs(o_c, level)
             b_level = tl.trans(tl.where(b_pairs, b_query_pairs, 0.0))
             b_query_given = tl.dot(b_query.to(b_level.dtype), b_level, input_precision=PRECISION)
             b_level = tl.trans(tl.where(b_pairs, b_key_pairs, 0.0))
             b_key_given = tl.dot(b_key.to(b_level.dtype), b_level, input_precision=PRECISION)
             b_change = b_query * b_query_given + b_key * b_key_given
-            b_dg = product_in_parts(b_change, b_gradient_span, b_dg, PARTS, "ieee")
-            b_dq += b_query_given * b_later
-            b_dk += b_key_given * b_later
-            b_dw += (b_query_given + b_key_given) * b_earlier
+            b_dg = product_in_parts(b_change, b_gradient_spans[level], b_dg, PARTS, "ieee")
+            b_query_given *= b_decay
+            b_key_given *= b_decay
+            b_dq = tl.where(later, b_dq + b_query_given, b_dq)
+            b_dk = tl.where(later, b_dk + b_key_given, b_dk)
+            b_dw = tl.where(later, b_dw, b_dw + b_query_given + b_key_given)
+            b_before, b_after, b_block = next_decays(
+                b_before, b_after, b_block, b_decay, later, 1, level
+            )
+
+        if PACKED:
+            b_before = tl.where(b_continues[None, :], b_before, 0.0)
+            b_after = tl.where(b_last[None, :], b_after, 0.0)
+        b_query_given = b_outer_q * (b_before * scale)
+        b_key_given = b_outer_k * -b_before
+        b_written_given = b_outer_w * b_after
+        b_dq, b_dk, b_dw = b_dq + b_query_given, b_dk + b_key_given, b_dw + b_written_given
+        b_change = b_q * b_query_given + b_k * b_key_given
+        b_dg = product_in_parts(b_change, b_gradient_spans[LEVELS], b_dg, PARTS, "ieee")
+        b_change = b_written * b_written_given
+        b_dg = product_in_parts(b_change, b_gradient_spans[LEVELS + 1], b_dg, PARTS, "ieee")
         b_dg += tl.load(across + o_chunk + o_k, mask=mask_k, other=0.0)[:, None]
-        b_dq += b_self * b_written
-        b_dw += b_self * b_q
         b_dbeta += tl.sum(b_k * b_dw, axis=0)
         b_dk += b_beta[None, :] * b_dw
         p_out = o_out + o_k[:, None] + o_c[None, :] * (H * K)

@@ -15,9 +15,9 @@ from fla_dist.kernels.simple_gla import simple_gla
 from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA, has_kernels
 from fla_dist.kernels.state import LOCAL, Scan
 
-CHECKED = {(torch.bfloat16, 128, 64)}
-"""(dtype, N, P) at which the kernels were checked on a GPU (compute capability 9.0); simple GLA
-serves others."""
+CHECKED = {(torch.bfloat16, n, p) for n in (64, 128, 256) for p in (64, 128)}
+"""(dtype, N, P), as blocks take them, at which the kernels were checked on a GPU (compute
+capability 9.0); simple GLA serves others."""
 
 
 def state_space_dual(
