@@ -160,8 +160,8 @@ class _WithHalo(torch.autograd.Function):
         return *wholes, halo
 
     @staticmethod
-    def backward(ctx, *gradients):
-        *gradients, _ = gradients
+    def backward(ctx, *all_gradients):
+        *gradients, _ = all_gradients
         context = ctx.context
         ctx.link.send_back(torch.stack([gradient[:, :context] for gradient in gradients], dim=2))
         end = ctx.link.wait()
