@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -73,7 +72,16 @@ def padded(size: int, itemsize: int) -> int:
     shared-memory swizzle: with two, ptxas 12.8 builds matrix descriptors for Hopper out of
     registers that it never wrote (see fla_dist.benchmark.compile_check).
     """
-    return max(16 if itemsize == 4 else 64, triton.next_power_of_2(size))
+    return max(16 if itemsize == 4 else 64, 1 << (size - 1).bit_length())
+
+
+def is_checked(x: Tensor, key_size: int, value_size: int, widths: Collection[Any]) -> bool:
+    """Whether kernels were checked on such a GPU as x's: (dtype, K, V), as blocks take them, is in
+    `widths`. Sizes of one width differ by masks; rows must be whole numbers of 16 bytes."""
+    itemsize = x.element_size()
+    if capability(x) != 90 or key_size * itemsize % 16 or value_size * itemsize % 16:
+        return False
+    return (x.dtype, padded(key_size, itemsize), padded(value_size, itemsize)) in widths
 
 
 def capability(tensor: Tensor) -> int:

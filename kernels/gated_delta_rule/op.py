@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gated_delta_rule.reference import gated_delta_rule_chunked
@@ -83,8 +83,7 @@ class SegmentedGatedDeltaRule(torch.autograd.Function):
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
-    checked = (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED and q.shape[1] >= SHORTEST
-    return capability(q) == 90 and checked
+    return is_checked(q, q.shape[-1], v.shape[-1], CHECKED) and q.shape[1] >= SHORTEST
 
 
 def segmented_gated_delta_rule(

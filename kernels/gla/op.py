@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla.reference import gla_chunked
 from fla_dist.kernels.gla.settings import CHECKED
@@ -57,11 +56,6 @@ class SegmentedGLA(torch.autograd.Function):
             None if bonus is None else bonus_gradient.sum(dim=(0, 2)),
             initial_gradient if ctx.has_initial else None, None, None, None,
         )  # fmt: skip
-
-
-def is_served(q: Tensor, v: Tensor, checked: Collection[tuple[torch.dtype, int, int]]) -> bool:
-    """Whether the kernels were checked on such a GPU, for this dtype and head size."""
-    return capability(q) == 90 and (q.dtype, q.shape[-1], v.shape[-1]) in checked
 
 
 def segmented_gla(
@@ -119,7 +113,7 @@ def gla(
     check_attention("gla", q, k, v, initial_state, doc_ids)
     check("gla", "g", g, tuple(q.shape), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if is_served(q, v, CHECKED):
+    if is_checked(q, q.shape[-1], v.shape[-1], CHECKED):
         return segmented_gla(
             q, k, v, g, None,
             scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

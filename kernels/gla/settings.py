@@ -10,12 +10,13 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
-_SMALL = ((24, 40), (64, 64), (128, 128))
 CHECKED = {
-    *((torch.bfloat16, *sizes) for sizes in (*_SMALL, (256, 256), (256, 512))),
-    *((dtype, *sizes) for dtype in (torch.float16, torch.float32) for sizes in _SMALL),
+    *((torch.bfloat16, k, v) for k in (64, 128, 256, 512) for v in (64, 128, 256, 512)),
+    *((dtype, size, size) for dtype in (torch.float16, torch.float32) for size in (64, 128)),
+    (torch.float32, 32, 64),
 }
-"""(dtype, K, V) at which the kernels were checked on a GPU; the reference serves others."""
+"""(dtype, K, V), as blocks take them, at which the kernels were checked on a GPU (compute
+capability 9.0); the reference serves others."""
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,5 @@ def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> 
         walk = both = Launch(64, 8, 3)
     else:
         walk = both = Launch(32, 8, 3)
-    return Settings(tiles, summarize, walk, walk, both, tiles)
+    output = Launch(16, 8, 2) if padded(key_size, itemsize) > 256 else walk
+    return Settings(tiles, summarize, output, walk, both, tiles)

@@ -7,16 +7,18 @@ from functools import lru_cache
 
 import torch
 
-from fla_dist.kernels.common.launch import Launch
+from fla_dist.kernels.common.launch import Launch, padded
 
 CHECKED = {
-    *((torch.bfloat16, 64, size, size) for size in (64, 128, 512)),
-    *((dtype, 64, 128, 128) for dtype in (torch.float16, torch.float32)),
+    64: {
+        *((torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)),
+        (torch.bfloat16, 512, 512),
+        *((dtype, 128, 128) for dtype in (torch.float16, torch.float32)),
+    },
+    128: {(torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)},
 }
-"""(dtype, M, K, V) at which the kernels passed `python -m tests.kernels.gpu.check_gsa` on a GPU
-(compute capability 9.0); the reference serves others."""
-
-
+"""Of M, the (dtype, K, V), all as blocks take them, at which the kernels passed `python -m
+tests.kernels.gpu.check_gsa` on a GPU (compute capability 9.0); the reference serves others."""
 SHORTEST = 16
 """Tokens below which the reference serves: of one token dq is 5.2e-3 off in bf16."""
 
@@ -39,12 +41,18 @@ class Settings:
 
 
 @lru_cache
-def settings(key_size: int, value_size: int, itemsize: int) -> Settings:
-    """By a rule: a program walks with 64 slots of a whole head, or, where columns of the state do
-    not depend on each other, of 128 columns of it."""
+def settings(key_size: int, value_size: int, slots: int, itemsize: int) -> Settings:
+    """By a rule: a program walks with all slots of a whole head, or, where columns of the state do
+    not depend on each other, of some columns of it."""
     if itemsize == 4:
         walk, blocks, pairs = Launch(32, 8, 1), Launch(32, 4, 1), Launch(32, 4, 1)
         return Settings(16, pairs, blocks, walk, pairs, blocks, walk, pairs)
-    walk = Launch(128, 4, 3) if max(key_size, value_size) <= 128 else Launch(128, 8, 2)
-    pairs, scores, decays = Launch(64, 1, 1, 168), Launch(64, 1, 1), Launch(32, 1, 1)
-    return Settings(16, pairs, Launch(128, 4, 4), walk, scores, Launch(128, 4, 3), walk, decays)
+    narrow = max(key_size, value_size) <= 128
+    if padded(slots, itemsize) <= 64:
+        walk = Launch(128, 4, 3) if narrow else Launch(128, 8, 2)
+        pairs, spread = Launch(64, 1, 1, 168), Launch(128, 4, 3)
+    else:
+        walk = Launch(128, 8, 2) if narrow else Launch(128, 16, 1)
+        pairs, spread = Launch(64, 2, 1), Launch(64, 8, 2)
+    scores, decays = Launch(64, 1, 1), Launch(32, 1, 1)
+    return Settings(16, pairs, Launch(128, 4, 4), walk, scores, spread, walk, decays)

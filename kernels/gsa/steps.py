@@ -23,9 +23,9 @@ from fla_dist.kernels.gsa.triton_kernels import (
 from fla_dist.kernels.state import RESET
 
 
-def _settings(k: Tensor, v: Tensor) -> tuple[Settings, int]:
-    """The launch settings, and the tokens of a segment."""
-    chosen = settings(k.shape[-1], v.shape[-1], k.element_size())
+def _settings(k: Tensor, v: Tensor, of_slots: Tensor) -> tuple[Settings, int]:
+    """The launch settings, and the tokens of a segment; `of_slots` [..., M]."""
+    chosen = settings(k.shape[-1], v.shape[-1], of_slots.shape[-1], k.element_size())
     batch, length, heads, _ = v.shape
     return chosen, segment_length(
         batch, length, heads, chosen.chunk, chosen.programs, chosen.longest
@@ -65,7 +65,7 @@ def prepare(
     """decay_in and taken_out [B, H, T, M], the chunks' log decays [B, H, N, M], the products of the
     pairs [B, H, T, C], and what a gathers inside the chunk [B, H, T, M]."""
     batch, length, heads, slots = g.shape
-    chosen, _ = _settings(a, b)
+    chosen, _ = _settings(a, b, g)
     launch, chunks = chosen.prepare, -(-length // chosen.chunk)
     taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(2))
     decay_in = torch.empty_like(inside, dtype=_unit_type(a.dtype))
@@ -85,7 +85,7 @@ def prepare(
 @prepare.register_fake
 def _(a, b, g, doc_ids, scale):
     batch, length, heads, slots = g.shape
-    chunk = _settings(a, b)[0].chunk
+    chunk = _settings(a, b, g)[0].chunk
     taken_out, inside = (a.new_empty(batch, heads, length, slots) for _ in range(2))
     decay_in = torch.empty_like(inside, dtype=_unit_type(a.dtype))
     decay = a.new_empty(batch, heads, -(-length // chunk), slots, dtype=torch.float32)
@@ -104,7 +104,7 @@ def summarize(
     """What each segment adds to the state, [B, S, H, M, W], and its log decays, [B, S, H, M, 1], of
     taken_out twice, k, v; or in reverse, the log decays left unwritten, of both c_in, q, do."""
     batch, heads, length, slots = y_keys.shape
-    chosen, segment = _settings(keys, values)
+    chosen, segment = _settings(keys, values, y_keys)
     count, width = -(-length // segment), keys.shape[-1] + values.shape[-1]
     state = keys.new_empty(batch, count, heads, slots, width, dtype=torch.float32)
     log_decay = keys.new_empty(batch, count, heads, slots, 1, dtype=torch.float32)
@@ -123,7 +123,7 @@ def summarize(
 @summarize.register_fake
 def _(y_keys, y_values, keys, values, chunk_decay, reverse):
     batch, heads, length, slots = y_keys.shape
-    shape = batch, -(-length // _settings(keys, values)[1]), heads, slots
+    shape = batch, -(-length // _settings(keys, values, y_keys)[1]), heads, slots
     return (
         keys.new_empty(*shape, keys.shape[-1] + values.shape[-1], dtype=torch.float32),
         keys.new_empty(*shape, 1, dtype=torch.float32),
@@ -201,7 +201,7 @@ def output(
     """o [B, T, H, V] from the states that enter the segments; the softmax' weights, these times
     decay_in, and the part of its arguments that came with the state, all [B, H, T, M]; the scores
     of the pairs, [B, H, T, C]."""
-    chosen, segment = _settings(k, v)
+    chosen, segment = _settings(k, v, g)
     inherited = torch.empty_like(inside)
     weights, weights_in = _gather(
         q, k, decay_in, taken_out, chunk_decay, inside, entering, 0, None, inherited, None, None,
@@ -217,7 +217,7 @@ def output(
 
 @output.register_fake
 def _(q, k, v, g, doc_ids, decay_in, taken_out, chunk_decay, inside, entering, scale):
-    chunk = _settings(k, v)[0].chunk
+    chunk = _settings(k, v, g)[0].chunk
     of_slots = (torch.empty_like(x) for x in (decay_in, inside, inside))
     return v.new_empty(v.shape), *of_slots, inside.new_empty(*inside.shape[:3], chunk)
 
@@ -238,7 +238,7 @@ def softmax_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the softmax' arguments, these times scale · decay_in, and the gradients of
     the exponents G_t, all [B, H, T, M]; the sums of the values' side [B, H, N, M]."""
-    chosen, segment = _settings(k, v)
+    chosen, segment = _settings(k, v, decay_in)
     exponents, sums = torch.empty_like(inside), torch.empty_like(chunk_decay)
     gradients, gradients_in = _gather(
         do, v, decay_in, taken_out, chunk_decay, inside, entering, k.shape[-1], weights, inherited,
@@ -269,7 +269,7 @@ def query_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq from the states that enter the segments; the scores of the pairs of keys [B, H, T, C] and
     the sums of their side [B, H, N, M]."""
-    chosen, segment = _settings(k, v)
+    chosen, segment = _settings(k, v, g)
     scores = _scores(gradients, g, doc_ids, k.dtype, chosen)
     dq, sums = _spread(
         q, gradients_in, k, taken_out, chunk_decay, scores, entering, 0, chosen, segment, scale
@@ -282,7 +282,7 @@ def query_gradient(
 def _(
     q, k, v, g, doc_ids, taken_out, chunk_decay, gradients, gradients_in, entering, scale
 ):  # fmt: skip
-    chunk = _settings(k, v)[0].chunk
+    chunk = _settings(k, v, g)[0].chunk
     scores = gradients.new_empty(*gradients.shape[:3], chunk, dtype=k.dtype)
     return q.new_empty(q.shape), scores, torch.empty_like(chunk_decay)
 
@@ -310,7 +310,7 @@ def source_gradients(
     taken_out [B, H, T, M] and the carries over whole chunks, of keys and of values,
     [2, B, H, N, M]."""
     batch, heads, length, slots = taken_out.shape
-    chosen, segment = _settings(k, v)
+    chosen, segment = _settings(k, v, taken_out)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     taken_gradient = torch.empty_like(taken_out)
     carries = chunk_decay.new_empty(2, *chunk_decay.shape)
@@ -356,7 +356,7 @@ def decay_gradient(
 ) -> Tensor:
     """dg [B, T, H, M]."""
     batch, length, heads, slots = g.shape
-    chosen, _ = _settings(k, v)
+    chosen, _ = _settings(k, v, g)
     launch, dg = chosen.decay_gradient, g.new_empty(g.shape)
     of_pairs = identity(chosen.chunk, k.dtype, g.device)
     gradient_spans = spans(chosen.chunk, k.dtype, g.device)

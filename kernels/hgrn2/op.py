@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla_dist.kernels.common.launch import is_checked
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla import gla
-from fla_dist.kernels.gla.op import is_served, segmented_gla
+from fla_dist.kernels.gla.op import segmented_gla
 from fla_dist.kernels.state import LOCAL, Scan
 
-CHECKED = {(torch.bfloat16, size, size) for size in (64, 128)}
-"""(dtype, K, V) at which GLA's kernels were checked on a GPU with keys that they compute from the
-gates; elsewhere the keys are computed first."""
+CHECKED = {(torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)}
+"""(dtype, K, V), as blocks take them, at which GLA's kernels were checked on a GPU with keys that
+they compute from the gates; elsewhere the keys are computed first."""
 
 
 def hgrn2(
@@ -45,7 +46,7 @@ def hgrn2(
     check_attention("hgrn2", q, q, v, initial_state, doc_ids)
     check("hgrn2", "g", g, tuple(q.shape), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if is_served(q, v, CHECKED):
+    if is_checked(q, q.shape[-1], v.shape[-1], CHECKED):
         return segmented_gla(
             q, None, v, g, None,
             scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

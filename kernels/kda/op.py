@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.kda.reference import kda_chunked
@@ -141,8 +141,7 @@ def kda(
     check("kda", "g", g, tuple(q.shape), q)
     check("kda", "beta", beta, tuple(q.shape[:3]), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    checked = (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED and q.shape[1] >= SHORTEST
-    if capability(q) == 90 and checked:
+    if is_checked(q, q.shape[-1], v.shape[-1], CHECKED) and q.shape[1] >= SHORTEST:
         return segmented_kda(
             q, k, v, g, beta,
             scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan,

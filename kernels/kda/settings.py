@@ -9,9 +9,9 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch, padded
 
-CHECKED = {(torch.bfloat16, k, v) for k, v in ((64, 64), (128, 128))}
-"""(dtype, K, V) at which the kernels were checked on a GPU (compute capability 9.0); the reference
-serves others."""
+CHECKED = {(torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256, 512)}
+"""(dtype, K, V), as blocks take them, at which the kernels were checked on a GPU (compute
+capability 9.0); the reference serves others."""
 SHORTEST = 16
 """Tokens below which the reference serves: the gradient of one token's beta is a difference of
 numbers that bf16 has rounded, 6e-3 off."""
@@ -39,14 +39,20 @@ class Settings:
 
 @lru_cache
 def settings(capability: int, key_size: int, value_size: int, itemsize: int) -> Settings:
-    """By a rule that keeps each program's state near 32 KiB of registers."""
-    wide = max(padded(key_size, itemsize), padded(value_size, itemsize))
+    """By a rule that keeps each program's state near 32 KiB of registers: walks over blocks of V
+    hold all of K, those over blocks of K all of V."""
+    key_width, value_width = padded(key_size, itemsize), padded(value_size, itemsize)
+    wide = max(key_width, value_width)
     if itemsize == 4:
         pairs = Launch(32 if wide <= 256 else 16, 4, 2)
         forward = back = keys = Launch(32, 4, 1) if wide <= 64 else Launch(16, 8, 1)
     else:
         pairs = Launch(32, 1, 2)
-        forward = back = keys = Launch(64, 4, 3) if wide <= 128 else Launch(32, 8, 2)
-        if wide <= 128 and capability >= 90:
+        forward, back, keys = (
+            Launch(64, 4, 3) if width <= 128 else Launch(32, 8, 2)
+            for width in (key_width, key_width, value_width)
+        )
+        if key_width <= 128 and capability >= 90:
             forward, back = Launch(64, 4, 3, 168), Launch(64, 4, 4)
-    return Settings(16, pairs, forward, forward, back, back, keys, keys, pairs)
+    programs = 32 if min(key_width, value_width) > 128 else 128  # there are more blocks a head
+    return Settings(16, pairs, forward, forward, back, back, keys, keys, pairs, programs)

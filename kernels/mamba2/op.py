@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.mamba2.reference import of_heads
 from fla_dist.kernels.mamba2.settings import CHECKED
@@ -71,7 +71,7 @@ class SegmentedStateSpaceDual(torch.autograd.Function):
 
 def has_kernels(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels serve these arguments; simple GLA serves the others."""
-    return capability(q) == 90 and (q.dtype, q.shape[-1], v.shape[-1]) in CHECKED
+    return is_checked(q, q.shape[-1], v.shape[-1], CHECKED)
 
 
 def state_space_dual(

@@ -9,9 +9,9 @@ import torch
 
 from fla_dist.kernels.common.launch import Launch
 
-CHECKED = {(torch.bfloat16, 128, 64)}
-"""(dtype, N, P) at which the kernels were checked on a GPU (compute capability 9.0); simple GLA
-serves others."""
+CHECKED = {(torch.bfloat16, n, p) for n in (64, 128, 256) for p in (64, 128)}
+"""(dtype, N, P), as blocks take them, at which the kernels were checked on a GPU (compute
+capability 9.0); simple GLA serves others."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.documents import document_starts, pad_doc_ids
+from fla_dist.kernels.common.launch import is_checked
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.gla import gla
-from fla_dist.kernels.gla.op import is_served, segmented_gla
+from fla_dist.kernels.gla.op import segmented_gla
 from fla_dist.kernels.state import LOCAL, Scan
 
-CHECKED = {(torch.bfloat16, size, size) for size in (64, 128)}
-"""(dtype, K, V) at which GLA's kernels were checked on a GPU with a bonus."""
+CHECKED = {(torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)}
+"""(dtype, K, V), as blocks take them, at which GLA's kernels were checked on a GPU with a bonus."""
 
 
 def rwkv6(
@@ -51,7 +52,7 @@ def rwkv6(
     check_attention("rwkv6", r, k, v, initial_state, doc_ids)
     check("rwkv6", "g", g, tuple(r.shape), r)
     check("rwkv6", "u", u, tuple(r.shape[2:]), r)
-    if is_served(r, v, CHECKED):
+    if is_checked(r, r.shape[-1], v.shape[-1], CHECKED):
         return segmented_gla(
             r, k, v, g, u, scale=1.0, initial_state=initial_state, doc_ids=doc_ids, scan=scan
         )

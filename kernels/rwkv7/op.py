@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability
+from fla_dist.kernels.common.launch import is_checked
 from fla_dist.kernels.common.segments import one_segment
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.rwkv7.reference import rwkv7_chunked
@@ -79,8 +79,8 @@ class SegmentedRWKV7(torch.autograd.Function):
 
 def _has_kernels(r: Tensor, v: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
-    checked = (r.dtype, r.shape[-1], v.shape[-1]) in CHECKED and r.shape[1] >= SHORTEST
-    return capability(r) == 90 and checked and a.dtype == b.dtype == r.dtype
+    checked = is_checked(r, r.shape[-1], v.shape[-1], CHECKED) and r.shape[1] >= SHORTEST
+    return checked and a.dtype == b.dtype == r.dtype
 
 
 def segmented_rwkv7(

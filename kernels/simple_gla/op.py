@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import capability, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention
 from fla_dist.kernels.simple_gla.reference import simple_gla_chunked
 from fla_dist.kernels.simple_gla.settings import CHECKED
@@ -76,7 +76,7 @@ def has_kernels(
     checked: Collection[tuple[torch.dtype, int, int]] = CHECKED,
 ) -> bool:
     """Whether the kernels serve these arguments; the reference serves the others."""
-    if capability(q) != 90 or (q.dtype, q.shape[-1], v.shape[-1]) not in checked:
+    if not is_checked(q, q.shape[-1], v.shape[-1], checked):
         return False
     return g is None or g.ndim == 3 or not (g.requires_grad and torch.is_grad_enabled())
 

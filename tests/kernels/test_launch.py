@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
+from fla_dist.kernels.common import launch
 from fla_dist.kernels.common.launch import Kernel, step
 
 calls = []
@@ -129,3 +130,24 @@ def test_what_triton_compiles_anew_is_searched_for(argument, other):
             kernel[(2,)](each, 3, 0.5, C=4, D=3)
             kernel[(2,)](each, 3, 0.5, C=8, D=3)
     assert len(jit.compiled) == len(jit.launched) == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_size", "value_size", "expected"),
+    [
+        (torch.bfloat16, 64, 256, True),
+        (torch.bfloat16, 16, 136, True),
+        (torch.bfloat16, 65, 256, False),
+        (torch.bfloat16, 72, 256, False),
+        (torch.bfloat16, 64, 264, False),
+        (torch.float32, 12, 20, True),
+        (torch.float32, 20, 20, False),
+        (torch.float16, 64, 256, False),
+    ],
+)
+def test_sizes_are_checked_as_blocks_take_them(dtype, key_size, value_size, expected, monkeypatch):
+    widths = {(torch.bfloat16, 64, 256), (torch.float32, 16, 32)}
+    x = torch.empty(1, dtype=dtype)
+    assert not launch.is_checked(x, key_size, value_size, widths)  # on no GPU
+    monkeypatch.setattr(launch, "capability", lambda _: 90)
+    assert launch.is_checked(x, key_size, value_size, widths) == expected

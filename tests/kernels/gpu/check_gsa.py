@@ -1,8 +1,8 @@
-"""GSA on a GPU against the fp64 reference: `python -m tests.kernels.gpu.check_gsa [K V]`.
+"""GSA on a GPU against the fp64 reference: `python -m tests.kernels.gpu.check_gsa [M K V]`.
 
 Calls the kernels themselves, also where the public op would choose the reference. Prints the
-largest error of every output and gradient by dtype and head size, and every case beyond the limit;
-runs each case twice and expects the same bits.
+largest error of every output and gradient by dtype, slots and head size, and every case beyond the
+limit; runs each case twice and expects the same bits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from fla_dist.kernels.state import LOCAL
 from tests.kernels.gradient_check import Case, errors, make_case, run
 
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-SLOTS = 64
-SIZES = ((128, 128), (64, 64))
+SIZES = (
+    (64, 128, 128), (64, 64, 64), (64, 256, 256), (64, 128, 256), (64, 256, 128), (64, 160, 192),
+    (40, 64, 192), (64, 192, 64), (128, 128, 128), (128, 256, 256), (96, 192, 48),
+)  # fmt: skip
 LENGTHS = (SHORTEST, 64, 100, 4133)
 
 
@@ -68,14 +70,14 @@ def lengthen_segments() -> None:
     steps.settings = lambda *sizes: replace(chosen(*sizes), programs=1)  # type: ignore[assignment]
 
 
-def check(dtype: torch.dtype, key_size: int, value_size: int) -> bool:
+def check(dtype: torch.dtype, slots: int, key_size: int, value_size: int) -> bool:
     worst: dict[str, float] = {}
     fine = True
     for length in LENGTHS:
         for decay in ("normal", "strong", "mixed"):
             for packed in (False, True):
                 case = make_gsa_case(
-                    (2, length, 2, key_size, value_size), SLOTS, decay, packed=packed, dtype=dtype,
+                    (2, length, 2, key_size, value_size), slots, decay, packed=packed, dtype=dtype,
                     device="cuda",
                 )  # fmt: skip
                 result, again = run(by_kernels, case), run(by_kernels, case)
@@ -88,7 +90,7 @@ def check(dtype: torch.dtype, key_size: int, value_size: int) -> bool:
                     fine = False
                 worst |= {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
     shown = {name: f"{value:.1e}" for name, value in worst.items()}
-    print(dtype, key_size, value_size, shown, flush=True)
+    print(dtype, slots, key_size, value_size, shown, flush=True)
     return fine
 
 

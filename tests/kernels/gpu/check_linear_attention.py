@@ -30,7 +30,10 @@ from fla_dist.kernels.state import LOCAL
 from tests.kernels.gradient_check import Case, errors, make_case, run
 
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
-SIZES = ((128, 128), (64, 64), (64, 128), (24, 40), (256, 256), (256, 512))
+SIZES = (
+    (128, 128), (64, 64), (64, 128), (24, 40), (256, 256), (256, 512), (128, 256), (256, 128),
+    (64, 192), (192, 64), (160, 192), (64, 512), (512, 64), (512, 512),
+)  # fmt: skip
 LENGTHS = (1, 15, 33, 64, 100, 4133)
 Op = Callable[[Case, float], tuple[Tensor, Tensor]]
 

@@ -22,7 +22,10 @@ from tests.kernels.gpu.check_linear_attention import LIMITS
 from tests.kernels.gradient_check import errors, run
 from tests.kernels.test_rwkv7_triton import RWKV7Case, make_rwkv7_case, reference_op, triton_op
 
-SIZES = ((128, 128), (64, 64), (64, 128))
+SIZES = (
+    (128, 128), (64, 64), (64, 128), (256, 256), (128, 256), (256, 128), (64, 192), (192, 64),
+    (160, 192), (24, 40),
+)  # fmt: skip
 LENGTHS = (16, 64, 100, 4133)
 ROUNDED = ("q", "k", "v", "a", "b", "output_gradient")
 
