@@ -1,7 +1,7 @@
 """The steps of simple GLA as torch.library ops: tensors in, tensors out.
 
 q, k: [B, T, Q, K], Q heads that serve H / Q heads of v each.  v: [B, T, H, V].  g: [B, T, H] or
-[H] or None.  step, the weight of each token and head (Mamba-2's Δ): [B, T, H] fp32 or None.
+[H] or None.  step, the weight of each token and head: [B, T, H] fp32 or None.
 skip, how much of v is added to o: [H] fp32 or None.
 """
 
@@ -100,7 +100,7 @@ def summarize(
         *_strides(z), *decay_strides, *_strides(step),
         RESET=RESET, X=size_x, Z=size_z, C=chosen.chunk, BX=block_x, BZ=block_z, DECAY=kind,
         STEP=step is not None,
-        PACKED=doc_ids is not None, REVERSE=reverse,  PRECISION=precision(y), **launch.options(),
+        PACKED=doc_ids is not None, REVERSE=reverse, PRECISION=precision(y), **launch.options(),
     )  # fmt: skip
     return state, log_decay
 

@@ -1,15 +1,15 @@
 """Kernels of simple GLA, forward and backward.
 
-With a scalar decay a head,
-every output and gradient is one of two sums over the pairs of tokens s <= t, D_ts = exp(G_t - G_s):
+With a scalar decay a head, every output and gradient is one of two sums over the pairs of tokens
+s <= t, D_ts = exp(G_t - G_s):
 
     forward in time     o_t  = Σ D_ts (q_t·k_s) v_s        dq_t = Σ D_ts (do_t·v_s) k_s
     backward in time    dv_s = Σ D_ts (k_s·q_t) do_t       dk_s = Σ D_ts (v_s·do_t) q_t
 
 each of the form Σ D (x·y) z. `value_kernel` computes those on the left, `key_kernel` those on the
 right, walking the chunks of a segment with the running state Σ y zᵀ in registers;
-`summarize_kernel` computes a segment's state from zero. No state of a chunk is written to memory.
-Mamba-2 adds a weight a token and head, its step Δ: D_ts = exp(G_t - G_s) Δ_s.
+`summarize_kernel` computes a segment's state from zero. States of chunks are written to memory only
+for the decay's gradient. A weight a token and head, a step Δ, makes D_ts = exp(G_t - G_s) Δ_s.
 
 Notation: B batch, T tokens, H heads, K and V head sizes; X, Z the sizes of x (and y) and of z; C
 tokens a chunk; S segments. v, o and their gradients are [B, T, H, V], q and k [B, T, Q, K] with
@@ -342,6 +342,15 @@ def key_kernel(
         start = first + (chunks - 1 - i if REVERSE else i) * C
         mask_c = o_c < T - start
         mask_cz = mask_c[:, None] & mask_z[None, :]
+        if SUMS:  # first: later there are too few registers
+            chunk = (batch.to(tl.int64) * tl.cdiv(T, C) + start // C) * H + head
+            p_border = borders + chunk * X * Z + o_x[:, None] * Z + o_z[None, :]
+            if REVERSE:
+                b_border = tl.load(p_border, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
+                amount = tl.sum(tl.sum(b_border.to(tl.float32) * b_state, axis=1), axis=0)
+            else:
+                b_border = b_state.to(borders.dtype.element_ty)
+                tl.store(p_border, b_border, mask=mask_x[:, None] & mask_z[None, :])
         b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
         if SUMS:
             b_own = load_rows(own, start, T, own_stride_t, o_c, o_z, Z, Z % BZ == 0)
@@ -368,17 +377,9 @@ def key_kernel(
         b_out = tl.dot(b_x, b_state.to(b_x.dtype), b_out, input_precision=PRECISION)
         b_out *= b_into[:, None]
         if SUMS:
-            chunk = (batch.to(tl.int64) * tl.cdiv(T, C) + start // C) * H + head
-            p_border = borders + chunk * X * Z + o_x[:, None] * Z + o_z[None, :]
             if REVERSE:
-                b_border = tl.load(p_border, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
-                b_border = b_border.to(tl.float32) * b_state
-                amount = tl.sum(tl.sum(b_border, axis=1), axis=0) * b_through
                 at = block_z.to(tl.int64) * tl.num_programs(2) * tl.cdiv(T, C)
-                tl.store(across + at + chunk, amount)
-            else:
-                b_border = b_state.to(borders.dtype.element_ty)
-                tl.store(p_border, b_border, mask=mask_x[:, None] & mask_z[None, :])
+                tl.store(across + at + chunk, amount * b_through)
             b_amount = tl.sum(b_own.to(tl.float32) * b_out, axis=1)
             tl.store(state_sums + sums + start + o_c, b_amount, mask=mask_c)
         # The state before the scores: they do not fit in registers together.
