@@ -1,23 +1,77 @@
-"""Mamba-2's state space dual: the public function, a setting of simple GLA whose kernels also take
-Δ and D."""
+"""Mamba-2's state space dual: the public function."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_rank
 from fla_dist.kernels.mamba2.reference import of_heads
+from fla_dist.kernels.mamba2.settings import CHECKED
+from fla_dist.kernels.mamba2.steps import (
+    chunk_state_gradients,
+    chunk_states,
+    gradient,
+    output,
+    plan,
+    prepare,
+    summarize,
+    summarize_gradient,
+)
 from fla_dist.kernels.simple_gla import simple_gla
-from fla_dist.kernels.simple_gla.op import SegmentedSimpleGLA, has_kernels
-from fla_dist.kernels.state import LOCAL, Scan
+from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
-CHECKED = {(torch.bfloat16, n, p) for n in (64, 128, 256) for p in (64, 128)}
-"""(dtype, N, P), as blocks take them, at which the kernels were checked on a GPU (compute
-capability 9.0); simple GLA serves others."""
+
+class SegmentedStateSpaceDual(torch.autograd.Function):
+    """Summarize the segments, join them, write the states at chunks' borders and take every chunk
+    from there; the backward mirrors it. Saves the states that enter segments, or where settings
+    say `keep` chunks. The arguments' names are those of fla_dist.kernels.mamba2.steps."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, g, step, skip, initial_state, doc_ids, scan):
+        sums, numbers, chunk_log = prepare(q, v, g, step, doc_ids)
+        state, log_decay = summarize(k, v, numbers, chunk_log)
+        pending = scan.start(Diagonal(log_decay), state, initial_state)
+        entering, final = pending.wait()
+        borders = chunk_states(k, v, numbers, chunk_log, entering)
+        ctx.keep = plan(q, v)[0].keep
+        ctx.save_for_backward(
+            q, k, v, sums, numbers, chunk_log, skip, doc_ids,
+            *(borders if ctx.keep else (entering,)),
+        )  # fmt: skip
+        ctx.pending, ctx.scan = pending, scan
+        ctx.has_initial = initial_state is not None
+        ctx.set_materialize_grads(False)
+        return output(q, k, v, sums, numbers, skip, doc_ids, *borders), final
+
+    @staticmethod
+    def backward(ctx: Any, do, final_gradient):
+        q, k, v, sums, numbers, chunk_log, skip, doc_ids, *borders = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else rows_contiguous(do)
+        state = summarize_gradient(q, do, numbers, chunk_log)
+        pending = ctx.scan.start(
+            ctx.pending.transition, state, final_gradient, reverse_of=ctx.pending
+        )
+        if not ctx.keep:
+            borders = chunk_states(k, v, numbers, chunk_log, *borders)
+        leaving, initial_gradient = pending.wait()
+        gradients = chunk_state_gradients(q, do, numbers, chunk_log, leaving, *borders)
+        del state, leaving
+        *d_all, dskip = gradient(q, k, v, do, sums, numbers, skip, doc_ids, *borders, *gradients)
+        return (
+            *d_all, None if skip is None else dskip,
+            initial_gradient if ctx.has_initial else None, None, None,
+        )  # fmt: skip
+
+
+def has_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels serve these arguments; simple GLA serves the others."""
+    return is_checked(q, q.shape[-1], v.shape[-1], CHECKED)
 
 
 def state_space_dual(
@@ -79,15 +133,18 @@ def state_space_dual(
         if y.dtype != x.dtype:
             raise ValueError(f"{op}: {name} is {y.dtype}, expected x's {x.dtype}")
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    served = has_kernels(C, x)
+    if served:
+        dt = dt.transpose(1, 2).contiguous().transpose(1, 2)  # kernels read a head's tokens
     dt = dt if dt_bias is None else F.softplus(dt + dt_bias)
     # The paper's section 4: C is attention's query, B its key, Δ x its value, Δ A its log decay.
     log_decay = dt * A
-    if has_kernels(C, x, log_decay, CHECKED):
+    if served:
         C, B, x = rows_contiguous(C), rows_contiguous(B), rows_contiguous(x)
         doc_ids = None if doc_ids is None else doc_ids.contiguous()
         D = None if D is None else D.float()
-        return SegmentedSimpleGLA.apply(
-            C, B, x, log_decay, initial_state, doc_ids, 1.0, on_gpu(scan), dt, D
+        return SegmentedStateSpaceDual.apply(
+            C, B, x, log_decay, dt, D, initial_state, doc_ids, on_gpu(scan)
         )
     y, state = simple_gla(
         of_heads(C, heads), of_heads(B, heads), (dt[..., None] * x).to(x.dtype), log_decay,

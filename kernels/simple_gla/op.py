@@ -30,11 +30,10 @@ class SegmentedSimpleGLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, g, initial_state, doc_ids, scale, scan, step=None, skip=None):
-        with_decay = ctx.needs_input_grad[3]
-        state, log_decay = summarize(k, v, g, step, doc_ids, 1.0, False, with_decay)
+        state, log_decay = summarize(k, v, g, step, doc_ids, 1.0, False)
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
-        ctx.save_for_backward(q, k, v, g, doc_ids, step, skip, entering, log_decay)
+        ctx.save_for_backward(q, k, v, g, doc_ids, step, skip, entering)
         ctx.pending, ctx.scan, ctx.scale = pending, scan, scale
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
@@ -42,24 +41,27 @@ class SegmentedSimpleGLA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, g, doc_ids, step, skip, entering, log_decay = ctx.saved_tensors
+        q, k, v, g, doc_ids, step, skip, entering = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
         with_decay, scale = ctx.needs_input_grad[3], ctx.scale
-        state_gradient, _ = summarize(q, do, g, step, doc_ids, scale, True, with_decay)
+        state_gradient, _ = summarize(q, do, g, step, doc_ids, scale, True)
         pending = ctx.scan.start(
             ctx.pending.transition, state_gradient, final_gradient, reverse_of=ctx.pending
         )
-        dq, query_sums = query_gradient(q, k, v, do, g, step, doc_ids, entering, scale, with_decay)
+        dq, query_sums, borders = query_gradient(
+            q, k, v, do, g, step, doc_ids, entering, scale, with_decay
+        )
         leaving_gradient, initial_gradient = pending.wait()
-        arguments = (doc_ids, leaving_gradient, scale)
-        dk, *key_sums = key_gradient(q, k, v, do, g, step, *arguments, with_decay)
-        dv, dstep, dskip = value_gradient(q, k, v, do, g, step, skip, *arguments)
+        dk, *key_sums = key_gradient(
+            q, k, v, do, g, step, doc_ids, leaving_gradient, borders, scale, with_decay
+        )
+        del borders
+        dv, dstep, dskip = value_gradient(
+            q, k, v, do, g, step, skip, doc_ids, leaving_gradient, scale
+        )
         dg = None
         if with_decay:
-            dg = decay_gradient(
-                q, v, query_sums, *key_sums, g, doc_ids, entering, log_decay, state_gradient,
-                leaving_gradient,
-            )  # fmt: skip
+            dg = decay_gradient(q, v, query_sums, *key_sums)
             dg = (dg.sum(dim=(0, 1)) if g.ndim == 1 else dg).to(g.dtype)
         return (
             dq, dk, dv, dg, initial_gradient if ctx.has_initial else None, None, None, None,

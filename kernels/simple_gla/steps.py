@@ -1,7 +1,7 @@
 """The steps of simple GLA as torch.library ops: tensors in, tensors out.
 
 q, k: [B, T, Q, K], Q heads that serve H / Q heads of v each.  v: [B, T, H, V].  g: [B, T, H] or
-[H] or None.  step, the weight of each token and head (Mamba-2's Δ): [B, T, H] fp32 or None.
+[H] or None.  step, the weight of each token and head: [B, T, H] fp32 or None.
 skip, how much of v is added to o: [H] fp32 or None.
 """
 
@@ -81,7 +81,6 @@ def summarize(
     doc_ids: Tensor | None,
     scale: float,
     reverse: bool,
-    split: bool,
 ) -> tuple[Tensor, Tensor]:
     """What each segment adds to the state, [B, S, H, K, V], and its log decay, [B, S, H, 1, 1]
     (left unwritten in reverse). y is k and z is v, or in reverse q and do."""
@@ -101,14 +100,13 @@ def summarize(
         *_strides(z), *decay_strides, *_strides(step),
         RESET=RESET, X=size_x, Z=size_z, C=chosen.chunk, BX=block_x, BZ=block_z, DECAY=kind,
         STEP=step is not None,
-        PACKED=doc_ids is not None, REVERSE=reverse, SPLIT=split and precision(y) != "ieee",
-        PRECISION=precision(y), **launch.options(),
+        PACKED=doc_ids is not None, REVERSE=reverse, PRECISION=precision(y), **launch.options(),
     )  # fmt: skip
     return state, log_decay
 
 
 @summarize.register_fake
-def _(y, z, g, step, doc_ids, scale, reverse, split):
+def _(y, z, g, step, doc_ids, scale, reverse):
     batch, _, heads, size_z = z.shape
     shape = (batch, _segments(y, z), heads)
     return (
@@ -219,10 +217,11 @@ def _key_walk(
     state: Tensor,
     scale: float,
     with_decay: bool,
+    borders: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """One launch of `key_kernel`, its output summed over the heads that share z; `pair_sums` and
-    `state_sums` [blocks, B, H, T]."""
+    `state_sums` [blocks, B, H, T]; forward `borders`, in reverse `across`."""
     batch, length, heads, size_x = x.shape
     shared, size_z = z.shape[2:]
     itemsize = x.element_size()
@@ -233,9 +232,16 @@ def _key_walk(
         _room(x, wanted, blocks, batch, heads, length)
         for wanted in (with_decay and reverse, with_decay)
     )
+    across = None
+    chunks = -(-length // chosen.chunk)
+    if with_decay:
+        if reverse:
+            across = _room(x, True, blocks, batch, chunks, heads)
+        else:
+            borders = x.new_empty(batch, chunks, heads, size_x, size_z)
     kind, decay_strides = _decay(g)
     key_kernel[(blocks, state.shape[1], batch * heads)](
-        x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums,
+        x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums, borders, across,
         length, heads, heads // shared, segment, scale, *_strides(x), *_strides(y),
         *_strides(z), *_strides(own), *decay_strides, *_strides(step),
         X=size_x, Z=size_z, C=chosen.chunk, BX=_padded(size_x, itemsize),
@@ -245,7 +251,7 @@ def _key_walk(
     )  # fmt: skip
     if heads != shared:
         out = out.view(batch, length, shared, heads // shared, size_z).sum(3)
-    return out, pair_sums, state_sums
+    return out, pair_sums, state_sums, borders, across
 
 
 def _sums(q: Tensor, v: Tensor, wanted: bool) -> Tensor:
@@ -268,16 +274,23 @@ def query_gradient(
     entering: Tensor,
     scale: float,
     with_decay: bool,
-) -> tuple[Tensor, Tensor]:
-    """dq from the states that enter the segments, and what `decay_gradient` needs of it."""
-    dq, _, state_sums = _key_walk(do, v, k, q, g, step, doc_ids, entering, scale, with_decay, False)
-    return dq, _or_empty(state_sums, q)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq from the states that enter the segments, what `decay_gradient` needs of it, and the states
+    that enter chunks, [B, chunks, H, V, K], for `key_gradient`."""
+    dq, _, state_sums, borders, _ = _key_walk(
+        do, v, k, q, g, step, doc_ids, entering, scale, with_decay, None, False
+    )
+    return dq, _or_empty(state_sums, q), _or_empty(borders, q)
 
 
 @query_gradient.register_fake
 def _(q, k, v, do, g, step, doc_ids, entering, scale, with_decay):
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return dq, _sums(q, v, with_decay)
+    if not with_decay:
+        return dq, _sums(q, v, False), _or_empty(None, q)
+    batch, length, heads, width = v.shape
+    chunks = -(-length // _settings(q, v)[0].chunk)
+    return dq, _sums(q, v, True), v.new_empty(batch, chunks, heads, width, q.shape[-1])
 
 
 @step("fla_dist::simple_gla_key_gradient")
@@ -290,21 +303,26 @@ def key_gradient(
     step: Tensor | None,
     doc_ids: Tensor | None,
     leaving_gradient: Tensor,
+    borders: Tensor,
     scale: float,
     with_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dk from the gradients of the states that leave the segments, and what `decay_gradient` needs
     of it."""
-    dk, pair_sums, state_sums = _key_walk(
-        v, do, q, k, g, step, doc_ids, leaving_gradient, scale, with_decay, True
+    dk, pair_sums, state_sums, _, across = _key_walk(
+        v, do, q, k, g, step, doc_ids, leaving_gradient, scale, with_decay, borders, True
     )
-    return dk, _or_empty(pair_sums, q), _or_empty(state_sums, q)
+    return dk, _or_empty(pair_sums, q), _or_empty(state_sums, q), _or_empty(across, q)
 
 
 @key_gradient.register_fake
-def _(q, k, v, do, g, step, doc_ids, leaving_gradient, scale, with_decay):
+def _(q, k, v, do, g, step, doc_ids, leaving_gradient, borders, scale, with_decay):
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-    return dk, _sums(q, v, with_decay), _sums(q, v, with_decay)
+    sums = _sums(q, v, with_decay)
+    batch, length, heads, _ = v.shape
+    chunks = -(-length // _settings(q, v)[0].chunk)
+    across = _room(q, with_decay, sums.shape[0], batch, chunks, heads)
+    return dk, sums, torch.empty_like(sums), _or_empty(across, q)
 
 
 @step("fla_dist::simple_gla_decay_gradient")
@@ -314,31 +332,21 @@ def decay_gradient(
     query_sums: Tensor,
     pair_sums: Tensor,
     key_sums: Tensor,
-    g: Tensor,
-    doc_ids: Tensor | None,
-    entering: Tensor,
-    log_decay: Tensor,
-    state_gradient: Tensor,
-    leaving_gradient: Tensor,
+    across: Tensor,
 ) -> Tensor:
     """dg [B, T, H] fp32."""
-    batch, length, heads, value_size = v.shape
-    chosen, segment = _settings(q, v)
+    batch, length, heads, _ = v.shape
+    chunk = _settings(q, v)[0].chunk
     dg = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    kind, decay_strides = _decay(g)
-    decay_gradient_kernel[(entering.shape[1], batch * heads)](
-        query_sums, pair_sums, key_sums, g, doc_ids, entering, log_decay, state_gradient,
-        leaving_gradient, dg,
-        length, heads, q.shape[-1] * value_size, segment, query_sums.shape[0], key_sums.shape[0],
-        *decay_strides,
-        C=chosen.chunk, BLOCK=2048, DECAY=kind, PACKED=doc_ids is not None, num_warps=4,
+    rows = 16
+    decay_gradient_kernel[(-(-length // (chunk * rows)), batch * heads)](
+        query_sums, pair_sums, key_sums, across, dg, length, heads, batch,
+        C=chunk, R=rows, QUERY_BLOCKS=query_sums.shape[0], KEY_BLOCKS=key_sums.shape[0],
+        num_warps=4,
     )  # fmt: skip
     return dg
 
 
 @decay_gradient.register_fake
-def _(
-    q, v, query_sums, pair_sums, key_sums, g, doc_ids, entering, log_decay, state_gradient,
-    leaving_gradient,
-):  # fmt: skip
+def _(q, v, query_sums, pair_sums, key_sums, across):
     return v.new_empty(v.shape[:3], dtype=torch.float32)

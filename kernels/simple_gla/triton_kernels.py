@@ -1,15 +1,15 @@
 """Kernels of simple GLA, forward and backward.
 
-With a scalar decay a head,
-every output and gradient is one of two sums over the pairs of tokens s <= t, D_ts = exp(G_t - G_s):
+With a scalar decay a head, every output and gradient is one of two sums over the pairs of tokens
+s <= t, D_ts = exp(G_t - G_s):
 
     forward in time     o_t  = Σ D_ts (q_t·k_s) v_s        dq_t = Σ D_ts (do_t·v_s) k_s
     backward in time    dv_s = Σ D_ts (k_s·q_t) do_t       dk_s = Σ D_ts (v_s·do_t) q_t
 
 each of the form Σ D (x·y) z. `value_kernel` computes those on the left, `key_kernel` those on the
 right, walking the chunks of a segment with the running state Σ y zᵀ in registers;
-`summarize_kernel` computes a segment's state from zero. No state of a chunk is written to memory.
-Mamba-2 adds a weight a token and head, its step Δ: D_ts = exp(G_t - G_s) Δ_s.
+`summarize_kernel` computes a segment's state from zero. States of chunks are written to memory only
+for the decay's gradient. A weight a token and head, a step Δ, makes D_ts = exp(G_t - G_s) Δ_s.
 
 Notation: B batch, T tokens, H heads, K and V head sizes; X, Z the sizes of x (and y) and of z; C
 tokens a chunk; S segments. v, o and their gradients are [B, T, H, V], q and k [B, T, Q, K] with
@@ -93,21 +93,6 @@ def head_log2_decay(g, head, DECAY: tl.constexpr):
 
 
 @triton.jit
-def split_dot(b_a, b_b, b_sum, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sum + b_a @ b_b for an fp32 b_b, rounded to b_a's type, or with SPLIT as the sum of two
-    numbers of that type.
-
-    The decay's gradient is made of sums whose large parts cancel; with SPLIT all of them come from
-    the same states."""
-    b_high = b_b.to(b_a.dtype)
-    b_sum = tl.dot(b_a, b_high, b_sum, input_precision=PRECISION)
-    if SPLIT:
-        b_low = (b_b - b_high.to(tl.float32)).to(b_a.dtype)
-        b_sum = tl.dot(b_a, b_low, b_sum, input_precision=PRECISION)
-    return b_sum
-
-
-@triton.jit
 def live_decay(
     g, doc_ids, start, T, g_stride_t, head_decay,
     C: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
@@ -146,7 +131,7 @@ def summarize_kernel(
     g_stride_h, step_stride_b, step_stride_t, step_stride_h,
     RESET: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, BX: tl.constexpr,
     BZ: tl.constexpr, DECAY: tl.constexpr, STEP: tl.constexpr, PACKED: tl.constexpr,
-    REVERSE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state Σ y zᵀ that a segment's tokens leave at its end, or in reverse at its start.
 
@@ -189,8 +174,8 @@ def summarize_kernel(
         if STEP and not REVERSE:
             p_step = step + (start + o_c).to(tl.int64) * step_stride_t
             b_weight *= tl.load(p_step, mask=mask_c, other=0.0)
-        b_z = b_z.to(tl.float32) * b_weight[:, None]
-        b_state = split_dot(tl.trans(b_y), b_z, b_state * b_through, SPLIT, PRECISION)
+        b_z = (b_z.to(tl.float32) * b_weight[:, None]).to(b_y.dtype)
+        b_state = tl.dot(tl.trans(b_y), b_z, b_state * b_through, input_precision=PRECISION)
 
     stretch = (batch.to(tl.int64) * tl.num_programs(1) + segment_index) * H + head
     p_state = state + stretch * X * Z + o_x[:, None] * Z + o_z[None, :]
@@ -305,7 +290,7 @@ def value_kernel(
 @Kernel
 @triton.jit
 def key_kernel(
-    x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums,
+    x, y, z, own, g, step, doc_ids, state, out, pair_sums, state_sums, borders, across,
     T, H, sharing, segment, scale,
     x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h, z_stride_b, z_stride_t,
     z_stride_h, own_stride_b, own_stride_t, own_stride_h, g_stride_b, g_stride_t, g_stride_h,
@@ -323,7 +308,9 @@ def key_kernel(
     it reads own (q, or in reverse k) and writes what the decay's gradient is made of: to
     `state_sums` what of Σ_Z own · out came through the state, and in reverse to `pair_sums` what a
     token's pairs in its chunk gave it as the later of the two less what they gave it as the
-    earlier; one matrix gives both, so that they cancel where they must.
+    earlier; one matrix gives both, so that they cancel where they must; to `borders`
+    [B, chunks, H, X, Z] the state that enters each chunk, which the reverse reads for <it, the
+    gradient of what leaves the chunk> · the chunk's decay, to `across` [blocks, B, chunks, H].
     """
     block_z, segment_index = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // H, tl.program_id(2) % H
@@ -355,6 +342,15 @@ def key_kernel(
         start = first + (chunks - 1 - i if REVERSE else i) * C
         mask_c = o_c < T - start
         mask_cz = mask_c[:, None] & mask_z[None, :]
+        if SUMS:  # first: later there are too few registers
+            chunk = (batch.to(tl.int64) * tl.cdiv(T, C) + start // C) * H + head
+            p_border = borders + chunk * X * Z + o_x[:, None] * Z + o_z[None, :]
+            if REVERSE:
+                b_border = tl.load(p_border, mask=mask_x[:, None] & mask_z[None, :], other=0.0)
+                amount = tl.sum(tl.sum(b_border.to(tl.float32) * b_state, axis=1), axis=0)
+            else:
+                b_border = b_state.to(borders.dtype.element_ty)
+                tl.store(p_border, b_border, mask=mask_x[:, None] & mask_z[None, :])
         b_z = load_rows(z, start, T, z_stride_t, o_c, o_z, Z, Z % BZ == 0)
         if SUMS:
             b_own = load_rows(own, start, T, own_stride_t, o_c, o_z, Z, Z % BZ == 0)
@@ -378,14 +374,18 @@ def key_kernel(
             else:
                 b_out_of *= b_step
         b_out = tl.zeros([C, BZ], dtype=tl.float32)
-        b_out = split_dot(b_x, b_state, b_out, SUMS, PRECISION) * b_into[:, None]
+        b_out = tl.dot(b_x, b_state.to(b_x.dtype), b_out, input_precision=PRECISION)
+        b_out *= b_into[:, None]
         if SUMS:
+            if REVERSE:
+                at = block_z.to(tl.int64) * tl.num_programs(2) * tl.cdiv(T, C)
+                tl.store(across + at + chunk, amount * b_through)
             b_amount = tl.sum(b_own.to(tl.float32) * b_out, axis=1)
             tl.store(state_sums + sums + start + o_c, b_amount, mask=mask_c)
         # The state before the scores: they do not fit in registers together.
-        b_weighted = b_z.to(tl.float32) * b_out_of[:, None]
+        b_weighted = (b_z.to(tl.float32) * b_out_of[:, None]).to(b_z.dtype)
         b_state = b_state * b_through
-        b_state = split_dot(tl.trans(b_y), b_weighted, b_state, SUMS, PRECISION)
+        b_state = tl.dot(tl.trans(b_y), b_weighted, b_state, input_precision=PRECISION)
         b_score = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION) * scale
         b_score *= pair_decay(b_sum, b_document, C, PACKED, REVERSE)
         if STEP:
@@ -402,71 +402,34 @@ def key_kernel(
 @Kernel
 @triton.jit
 def decay_gradient_kernel(
-    query_state_sums, pair_sums, key_state_sums, g, doc_ids, entering, log_decay, state_gradient,
-    leaving_gradient, dg,
-    T, H, state_size, segment, query_blocks, key_blocks, g_stride_b, g_stride_t, g_stride_h,
-    C: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    query_state_sums, pair_sums, key_state_sums, across, dg,
+    T, H, B,
+    C: tl.constexpr, R: tl.constexpr, QUERY_BLOCKS: tl.constexpr, KEY_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """dg_t: what every pair of tokens s < t <= t' gives the decay between them.
+    """dg_τ: what every pair of tokens s < τ <= t gives the decay between them.
 
-    A pair gives q_t'·dq_t' and k_s·dk_s the same amount, and the decays between s and t' that
-    amount: of pairs inside the chunk the running sum, from the end, of the difference; of pairs
-    with s before the chunk that of q·dq; of pairs with t' after it the running sum, from the
-    start, of k·dk. Pairs across the whole chunk: <state, its gradient> at the chunk's start, less
-    what the chunk's own tokens have in it, and nothing where the chunk lets nothing through. All
-    this holds to fp32's rounding only because the sums come from split states (`split_dot`).
+    Pairs inside the chunk: the running sum of `pair_sums` from its end. With s before it: that of
+    q·dq. With t behind it: the running sum of k·dk from its start. Both: `across`. No two large
+    parts cancel, so that each may be rounded on its own.
 
-    Grid: (S, B·H). Reads the sums of the two walks and the segment's states: small.
+    Grid: (blocks of R chunks, B·H). Reads the sums of the two walks: bound by memory.
     """
-    segment_index, batch, head = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    segments = tl.num_programs(0)
-    first = segment_index * segment
-    end = tl.minimum(first + segment, T)
-    chunks = tl.cdiv(end - first, C)
-    o_c, o_s = tl.arange(0, C), tl.arange(0, BLOCK)
-    block_stride = tl.num_programs(1).to(tl.int64) * T
-    row = tl.program_id(1).to(tl.int64) * T
-    dg += batch.to(tl.int64) * T * H + head
-    head_decay = head_log2_decay(g, head, DECAY)
-    if DECAY == TOKEN_DECAY:
-        g += batch.to(tl.int64) * g_stride_b + head.to(tl.int64) * g_stride_h
-    if PACKED:
-        doc_ids += batch.to(tl.int64) * T
-
-    stretch = (batch.to(tl.int64) * segments + segment_index) * H + head
-    entering += stretch * state_size
-    state_gradient += stretch * state_size
-    leaving_gradient += stretch * state_size
-    passed = tl.exp2(tl.load(log_decay + stretch) * LOG2_E)
-    b_carry = tl.zeros([BLOCK], dtype=tl.float32)
-    for at in range(0, state_size, BLOCK):
-        mask = at + o_s < state_size
-        b_gradient = tl.load(leaving_gradient + at + o_s, mask=mask, other=0.0) * passed
-        b_gradient += tl.load(state_gradient + at + o_s, mask=mask, other=0.0)
-        b_carry += b_gradient * tl.load(entering + at + o_s, mask=mask, other=0.0)
-    carry = tl.sum(b_carry, axis=0)
-
-    for i in range(chunks):
-        start = first + i * C
-        mask_c = o_c < T - start
-        _, b_document, _, _, b_through = chunk_decay(
-            g, doc_ids, start, T, g_stride_t, head_decay, C, DECAY, PACKED
-        )
-        b_pair, b_before = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
-        b_after = tl.zeros([C], dtype=tl.float32)
-        for block in range(query_blocks):
-            o_sums = block * block_stride + row + start + o_c
-            b_before += tl.load(query_state_sums + o_sums, mask=mask_c, other=0.0)
-        for block in range(key_blocks):
-            o_sums = block * block_stride + row + start + o_c
-            b_pair += tl.load(pair_sums + o_sums, mask=mask_c, other=0.0)
-            b_after += tl.load(key_state_sums + o_sums, mask=mask_c, other=0.0)
-        across = tl.where(b_through > 0.0, carry - tl.sum(b_before, axis=0), 0.0)
-        b_amount = tl.where(
-            o_c[:, None] <= o_c[None, :], (b_pair + b_before)[None, :], b_after[None, :]
-        )
-        if PACKED:
-            b_amount = tl.where(b_document[:, None] == b_document[None, :], b_amount, 0.0)
-        b_dg = tl.sum(b_amount, axis=1) + across
-        tl.store(dg + (start + o_c).to(tl.int64) * H, b_dg, mask=mask_c)
-        carry = across + tl.sum(b_after, axis=0)
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    chunks = tl.cdiv(T, C)
+    o_r = tl.program_id(0) * R + tl.arange(0, R)
+    o_t = o_r[:, None] * C + tl.arange(0, C)[None, :]
+    mask = o_t < T
+    o_sums = tl.program_id(1).to(tl.int64) * T + o_t
+    size = tl.num_programs(1).to(tl.int64) * T
+    b_until, b_after = tl.zeros([R, C], dtype=tl.float32), tl.zeros([R, C], dtype=tl.float32)
+    b_across = tl.zeros([R], dtype=tl.float32)
+    for block in tl.static_range(QUERY_BLOCKS):
+        b_until += tl.load(query_state_sums + block * size + o_sums, mask=mask, other=0.0)
+    for block in tl.static_range(KEY_BLOCKS):
+        b_until += tl.load(pair_sums + block * size + o_sums, mask=mask, other=0.0)
+        b_after += tl.load(key_state_sums + block * size + o_sums, mask=mask, other=0.0)
+        p_across = across + ((block * B + batch).to(tl.int64) * chunks + o_r) * H + head
+        b_across += tl.load(p_across, mask=o_r < chunks, other=0.0)
+    b_dg = tl.cumsum(b_until, axis=1, reverse=True) + tl.cumsum(b_after, axis=1) - b_after
+    p_dg = dg + (batch.to(tl.int64) * T + o_t) * H + head
+    tl.store(p_dg, b_dg + b_across[:, None], mask=mask)

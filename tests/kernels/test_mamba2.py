@@ -1,4 +1,4 @@
-"""Mamba-2's state space dual by simple GLA's kernels, on a GPU and in Triton's interpreter, against
+"""Mamba-2's state space dual by its kernels, on a GPU and in Triton's interpreter, against
 the recurrence in fp64."""
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.launch import Launch
-from fla_dist.kernels.mamba2 import op, state_space_dual
+from fla_dist.kernels.mamba2 import op, state_space_dual, steps
 from fla_dist.kernels.mamba2.reference import state_space_dual_recurrent
-from fla_dist.kernels.simple_gla import steps
-from fla_dist.kernels.simple_gla.settings import Settings
+from fla_dist.kernels.mamba2.settings import Settings
 from tests.kernels.interpreter import interpreted, run_interpreted
 from tests.packing import doc_ids_of, positions_of
 
@@ -75,12 +74,15 @@ def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
 
 @interpreted
 @pytest.mark.parametrize("groups", [1, 2])
-def test_interpreter_matches_recurrence(groups: int, monkeypatch) -> None:
-    launch = Launch(16, 4, 1)
-    chosen = Settings(16, launch, launch, launch, programs=10**9, longest=32)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_interpreter_matches_recurrence(heads: int, groups: int, monkeypatch) -> None:
+    launch = Launch(16 * heads, 4, 1)
+    chosen = Settings(
+        16, *[launch] * 5, heads=heads, together=(1, 8), keep=heads == 1, programs=10**9, longest=32
+    )
     monkeypatch.setattr(op, "has_kernels", lambda *_: True)
     monkeypatch.setattr(steps, "settings", lambda *_: chosen)
-    inputs, ids = make(43, 24, 20, groups), documents(43)
+    inputs, ids = make(75, 24, 20, groups), documents(75)
     got = results(state_space_dual, inputs, ids)
     exact = {name: x.double() for name, x in inputs.items()}
     for name, truth in results(state_space_dual_recurrent, exact, ids).items():
