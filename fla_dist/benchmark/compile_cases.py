@@ -222,7 +222,7 @@ def _cases(architecture: int, thorough: bool) -> Iterator[tuple[str, Callable[[]
             if name == "mamba2" and architecture >= 90:  # spills before, and is not dispatched
                 sizes.add((256, 128))
         for size in sorted(sizes):
-            for dtype in halves + [torch.float32] * (thorough and size[1] <= 128):
+            for dtype in halves + [torch.float32] * (thorough and max(size) <= 128):
                 for packed in packings:
                     label = f"{name} K={size[0]} V={size[1]} {_shown(dtype, packed)}"
                     yield label, make(size, dtype, packed, thorough)
