@@ -81,12 +81,14 @@ def power_of_two(size: int) -> int:
 
 
 def is_checked(x: Tensor, key_size: int, value_size: int, widths: Collection[Any]) -> bool:
-    """Whether kernels were checked on such a GPU as x's: (dtype, K, V), as blocks take them, is in
-    `widths`. Sizes of one width differ by masks; rows must be whole numbers of 16 bytes."""
+    """Whether kernels were checked on such a GPU as x's: (dtype, K, V) is in `widths`, in bf16 as
+    blocks take them. Sizes of one width differ by masks; rows must be whole numbers of 16 bytes."""
     itemsize = x.element_size()
     if capability(x) != 90 or key_size * itemsize % 16 or value_size * itemsize % 16:
         return False
-    return (x.dtype, padded(key_size, itemsize), padded(value_size, itemsize)) in widths
+    if x.dtype == torch.bfloat16:
+        key_size, value_size = padded(key_size, itemsize), padded(value_size, itemsize)
+    return (x.dtype, key_size, value_size) in widths
 
 
 def capability(tensor: Tensor) -> int:

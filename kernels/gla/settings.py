@@ -11,11 +11,15 @@ import torch
 from fla_dist.kernels.common.launch import Launch, padded, read_tuned
 
 CHECKED = {
-    *((torch.bfloat16, k, v) for k in (64, 128, 256, 512) for v in (64, 128, 256, 512)),
-    *((dtype, size, size) for dtype in (torch.float16, torch.float32) for size in (64, 128)),
-    (torch.float32, 32, 64),
+    *((torch.bfloat16, size, size) for size in (64, 128, 256)),
+    (torch.bfloat16, 256, 512),
+    *(
+        (dtype, *sizes)
+        for dtype in (torch.float16, torch.float32)
+        for sizes in ((24, 40), (64, 64), (128, 128))
+    ),
 }
-"""(dtype, K, V), as blocks take them, at which the kernels were checked on a GPU (compute
+"""(dtype, K, V), in bf16 as blocks take them, at which the kernels were checked on a GPU (compute
 capability 9.0); the reference serves others."""
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fla_dist.kernels.common.fold import on_gpu
-from fla_dist.kernels.common.launch import is_checked, padded, rows_contiguous
+from fla_dist.kernels.common.launch import is_checked, rows_contiguous
 from fla_dist.kernels.common.validation import check, check_attention, check_rank
 from fla_dist.kernels.gsa.reference import gsa_chunked
-from fla_dist.kernels.gsa.settings import CHECKED, SHORTEST
+from fla_dist.kernels.gsa.settings import CHECKED, SHORTEST, SLOTS
 from fla_dist.kernels.gsa.steps import (
     decay_gradient,
     output,
@@ -123,8 +123,9 @@ def gsa(
     check("gsa", "g", g, (batch, length, heads, slots), q)
     check("gsa", "initial_state", initial_state, (batch, heads, slots, width), q)
     scale = key_size**-0.5 if scale is None else scale
-    widths = CHECKED.get(padded(slots, q.element_size()), set())
-    if length < SHORTEST or not is_checked(q, key_size, v.shape[-1], widths):
+    if not (
+        length >= SHORTEST and is_checked(q, key_size, v.shape[-1], CHECKED) and slots == SLOTS
+    ):
         o, final_state = gsa_chunked(
             q, k, v, g, scale=scale, initial_state=initial_state, doc_ids=doc_ids, scan=scan
         )

@@ -10,15 +10,19 @@ import torch
 from fla_dist.kernels.common.launch import Launch, padded
 
 CHECKED = {
-    64: {
-        *((torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)),
-        (torch.bfloat16, 512, 512),
-        *((dtype, 128, 128) for dtype in (torch.float16, torch.float32)),
-    },
-    128: {(torch.bfloat16, k, v) for k in (64, 128, 256) for v in (64, 128, 256)},
+    *(
+        (torch.bfloat16, k, v)
+        for k in (64, 128, 256)
+        for v in (64, 128, 256)
+        if (k, v) != (256, 64)
+    ),
+    (torch.bfloat16, 512, 512),
+    *((dtype, 128, 128) for dtype in (torch.float16, torch.float32)),
 }
-"""Of M, the (dtype, K, V), all as blocks take them, at which the kernels passed `python -m
+"""(dtype, K, V), in bf16 as blocks take them, at which the kernels passed `python -m
 tests.kernels.gpu.check_gsa` on a GPU (compute capability 9.0); the reference serves others."""
+SLOTS = 64
+"""With so many."""
 SHORTEST = 16
 """Tokens below which the reference serves: of one token dq is 5.2e-3 off in bf16."""
 
