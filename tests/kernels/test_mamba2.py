@@ -73,8 +73,7 @@ def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 2)])
 def test_interpreter_matches_recurrence(heads: int, groups: int, monkeypatch) -> None:
     launch = Launch(16 * heads, 4, 1)
     chosen = Settings(
