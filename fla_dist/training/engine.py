@@ -6,10 +6,9 @@ micro batches of a step, the engine is handed
     factor · gradient_accumulation_steps · Σ_local loss / N_valid
 
 where the factor undoes DeepSpeed's averaging over ranks, which differs between ZeRO stages (at 0
-gradients are summed here). A wrong
-factor trains, since Adam hides it, but clips wrongly. So before training a small engine of the same
-settings takes one step whose gradient is known, and a run whose DeepSpeed averages otherwise is
-refused.
+gradients are summed here). A wrong factor trains, since Adam hides it, but clips wrongly. So before
+training a small engine of the same settings takes one step whose gradient is known, and a run whose
+DeepSpeed averages otherwise is refused.
 """
 
 from __future__ import annotations
