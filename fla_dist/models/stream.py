@@ -16,7 +16,7 @@ from torch import Tensor
 from fla_dist.kernels.attention import AttentionMask, attention, attention_mask
 from fla_dist.kernels.state import Scan
 from fla_dist.parallel.exchange import Exchange, LocalExchange
-from fla_dist.parallel.halo import Arrived, PendingHalo
+from fla_dist.parallel.halo import Arrived, PendingHalo, behind
 
 Made = TypeVar("Made")
 
@@ -115,8 +115,7 @@ class CachedStream(Stream):
         return Arrived(past)
 
     def with_halo(self, name: str, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
-        before = self.before(name, torch.stack(xs, dim=2), width).wait().unbind(dim=2)
-        return tuple(torch.cat(pair, dim=1) for pair in zip(before, xs, strict=True))
+        return behind(self.before(name, torch.stack(xs, dim=2), width).wait(), xs)
 
     def full_attention(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = torch.stack([k, v], dim=2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fla_dist.kernels.state import Pending, Scan, Transition
 from fla_dist.parallel.attention import GATHERED_BYTES, Masks, choose
-from fla_dist.parallel.halo import Arrived
+from fla_dist.parallel.halo import Arrived, behind
 from fla_dist.parallel.mesh import Mesh
 
 
@@ -94,8 +94,7 @@ class CountingExchange:
         return Arrived(halo)
 
     def with_halo(self, xs: tuple[Tensor, ...], width: int) -> tuple[Tensor, ...]:
-        halos = self.before(torch.stack(xs, dim=2), width).wait().unbind(dim=2)
-        return tuple(torch.cat(pair, dim=1) for pair in zip(halos, xs, strict=True))
+        return behind(self.before(torch.stack(xs, dim=2), width).wait(), xs)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         parts: list[float]

@@ -127,6 +127,11 @@ def with_halo(
     return tuple(wholes), halo
 
 
+def behind(halo: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each of `xs` [B, T, ...] behind its own tokens of `halo` [B, width, len(xs), ...]."""
+    return tuple(torch.cat(pair, dim=1) for pair in zip(halo.unbind(dim=2), xs, strict=True))
+
+
 @dataclass(frozen=True)
 class _Kept:
     """A link whose halo is there already."""

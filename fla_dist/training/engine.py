@@ -31,7 +31,7 @@ from fla_dist.parallel.mesh import Mesh
 from fla_dist.training.distributed import RunError, sum_over_ranks
 from fla_dist.training.gradients import GradientSum
 from fla_dist.training.metrics import HostCopy
-from fla_dist.training.optimizer import ClippingAdamW, build_optimizer
+from fla_dist.training.optimizer import build_optimizer
 from fla_dist.training.plan import BatchPlan
 
 if not torch.cuda.is_available():
@@ -53,11 +53,11 @@ class StepResult:
     """What an optimizer step did. Who reads it waits for the backward's end.
 
     Args:
-        grad_norm: before clipping.
-        applied: None where a step is skipped if the norm is not finite.
+        grad_norm: before clipping; a step without a finite one is skipped.
+        applied: what DeepSpeed knows of that.
     """
 
-    def __init__(self, grad_norm: Tensor | float, applied: bool | None) -> None:
+    def __init__(self, grad_norm: Tensor | float, applied: bool) -> None:
         self._grad_norm = HostCopy(torch.as_tensor(grad_norm))
         self._applied = applied
 
@@ -67,7 +67,7 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        return math.isfinite(self.grad_norm) if self._applied is None else self._applied
+        return self._applied and math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -107,11 +107,7 @@ class Engine:
         self.deepspeed.step()
         if not last:
             return None
-        engine = self.deepspeed
-        clipped = isinstance(engine.optimizer, ClippingAdamW)
-        return StepResult(
-            engine.get_global_grad_norm(), None if clipped else engine.was_step_applied()
-        )
+        return StepResult(self.deepspeed.get_global_grad_norm(), self.deepspeed.was_step_applied())
 
 
 def build_model(config: Config, mesh: Mesh, device: torch.device) -> LanguageModel:

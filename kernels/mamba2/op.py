@@ -18,7 +18,6 @@ from fla_dist.kernels.mamba2.steps import (
     chunk_states,
     gradient,
     output,
-    plan,
     prepare,
     summarize,
     summarize_gradient,
@@ -29,8 +28,8 @@ from fla_dist.kernels.state import LOCAL, Diagonal, Scan
 
 class SegmentedStateSpaceDual(torch.autograd.Function):
     """Summarize the segments, join them, write the states at chunks' borders and take every chunk
-    from there; the backward mirrors it. Saves the states that enter segments, or where settings
-    say `keep` chunks. The arguments' names are those of fla_dist.kernels.mamba2.steps."""
+    from there; the backward mirrors it. Saves the states that enter segments. The arguments' names
+    are those of fla_dist.kernels.mamba2.steps."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, g, step, skip, initial_state, doc_ids, scan):
@@ -39,11 +38,7 @@ class SegmentedStateSpaceDual(torch.autograd.Function):
         pending = scan.start(Diagonal(log_decay), state, initial_state)
         entering, final = pending.wait()
         borders = chunk_states(k, v, numbers, chunk_log, entering)
-        ctx.keep = plan(q, v)[0].keep
-        ctx.save_for_backward(
-            q, k, v, sums, numbers, chunk_log, skip, doc_ids,
-            *(borders if ctx.keep else (entering,)),
-        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, sums, numbers, chunk_log, skip, doc_ids, entering)
         ctx.pending, ctx.scan = pending, scan
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
@@ -51,14 +46,13 @@ class SegmentedStateSpaceDual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do, final_gradient):
-        q, k, v, sums, numbers, chunk_log, skip, doc_ids, *borders = ctx.saved_tensors
+        q, k, v, sums, numbers, chunk_log, skip, doc_ids, entering = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else rows_contiguous(do)
         state = summarize_gradient(q, do, numbers, chunk_log)
         pending = ctx.scan.start(
             ctx.pending.transition, state, final_gradient, reverse_of=ctx.pending
         )
-        if not ctx.keep:
-            borders = chunk_states(k, v, numbers, chunk_log, *borders)
+        borders = chunk_states(k, v, numbers, chunk_log, entering)
         leaving, initial_gradient = pending.wait()
         gradients = chunk_state_gradients(q, do, numbers, chunk_log, leaving, *borders)
         del state, leaving

@@ -16,12 +16,11 @@ capability 9.0); simple GLA serves others."""
 
 @dataclass(frozen=True)
 class Settings:
-    """chunk: tokens.  heads: side by side in a walk, at most.  walk: of the segments' states, over
-    `heads` times its block columns.  borders: of the chunks' states.  output: of y.
+    """chunk: tokens, at most 64.  heads: side by side in a walk, at most.  walk: of the segments'
+    states, over `heads` times its block columns.  borders: of the chunks' states.  output: of y.
     value_gradient: of x, Δ and D.  shared_gradient: of B and C.  together: heads share B and C, and
     a program takes as many of them as leave so many programs, of output and of the gradients.
-    keep: whether the chunks' states stay in memory for the backward.  programs: as many as walks
-    need to fill the GPU.  longest: tokens of a segment at most.
+    programs: as many as walks need to fill the GPU.  longest: tokens of a segment at most.
     """
 
     chunk: int
@@ -32,7 +31,6 @@ class Settings:
     shared_gradient: Launch
     heads: int = 2
     together: tuple[int, int] = (2048, 2048)
-    keep: bool = False
     programs: int = 512
     longest: int = 4096
 

@@ -333,36 +333,6 @@ def output_kernel(
         store_rows(out + head * V, b_out, start, T, H * V, o_c, o_v, V)
 
 
-@triton.jit
-def pair_gradients(
-    b_v, do, b_score, b_pairs, b_dv, b_step, sums, start, first, T, do_stride, o_c, o_v, later,
-    V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the pairs of a chunk's keys with its queries `first` to `first` + BT give: `b_pairs` and
-    `b_dv` with them added, and to each key as the earlier of the two [C]; to the queries as the
-    later, stored to `later`. In `b_pairs` also what is no pair."""
-    o_t = first + tl.arange(0, BT)
-    b_do = load_rows(do, start, T, do_stride, o_t, o_v, V, V % BV == 0)
-    b_decay = pair_decays(tl.load(sums + o_t)[None, :], tl.load(sums + o_c)[:, None])
-    b_weight = (b_score * b_decay).to(b_do.dtype)
-    b_dv = tl.dot(b_weight, b_do, b_dv, input_precision=PRECISION)
-    b_pair = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * b_decay
-    b_earlier = tl.sum(b_pair * b_score, axis=1)
-    b_pair *= b_step[:, None]
-    tl.store(later + o_t, tl.sum(b_pair * b_score, axis=0))
-    return b_pairs + b_pair, b_dv, b_earlier
-
-
-@triton.jit
-def store_pairs(
-    pairs, b_pairs, doc_ids, start, T, o_c, first, C: tl.constexpr, BT: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    o_s, o_t = o_c[:, None], (first + tl.arange(0, BT))[None, :]
-    b_pairs = of_pairs(b_pairs, doc_ids, start, T, o_s, o_t, PACKED)
-    tl.store(pairs + o_s * C + o_t, b_pairs.to(pairs.dtype.element_ty))
-
-
 @Kernel
 @triton.jit
 def value_gradient_kernel(
@@ -382,10 +352,9 @@ def value_gradient_kernel(
     as the earlier of the two: one matrix gives both, so that they cancel where they must. dstep,
     dskip and these are [SLICES, B, H, L].
 
-    Grid and slices as output_kernel's. Pairs are [s, t], rows are the keys, taken 64 queries at a
-    time: a [128, 128] of each of them does not fit in registers.
+    Grid and slices as output_kernel's. Pairs are [s, t], rows are the keys: of 128 tokens they do
+    not fit in registers.
     """
-    BT: tl.constexpr = C if C < 64 else 64
     groups = H // HEADS
     chunk, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     batch = tl.program_id(1).to(tl.int64)
@@ -401,16 +370,11 @@ def value_gradient_kernel(
     if PACKED:
         doc_ids += batch * T
     b_k = load_rows(k, start, T, k_stride_t, o_c, o_k, K, K % BK == 0)
-    b_q = load_rows(q, start, T, q_stride_t, tl.arange(0, BT), o_k, K, K % BK == 0)
+    b_q = load_rows(q, start, T, q_stride_t, o_c, o_k, K, K % BK == 0)
     b_score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    o_s, o_t = o_c[:, None], tl.arange(0, BT)[None, :]
+    o_s, o_t = o_c[:, None], o_c[None, :]
     b_score = of_pairs(b_score, doc_ids, start, T, o_s, o_t, PACKED)
-    b_pairs = tl.zeros([C, BT], dtype=tl.float32)
-    if C > BT:
-        b_q = load_rows(q, start, T, q_stride_t, BT + tl.arange(0, BT), o_k, K, K % BK == 0)
-        b_score_1 = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_score_1 = of_pairs(b_score_1, doc_ids, start, T, o_s, BT + o_t, PACKED)
-        b_pairs_1 = tl.zeros([C, BT], dtype=tl.float32)
+    b_pairs = tl.zeros([C, C], dtype=tl.float32)
     b_k, b_k_scale = scaled_rows(b_k, SCALED)
 
     for i in range(HEADS * SLICES):
@@ -429,16 +393,16 @@ def value_gradient_kernel(
             b_to_end *= b_k_scale * tl.load(scales + (batch * H + head) * N + chunk)
         b_dv *= b_to_end[:, None]
         b_after = tl.sum(b_v.to(tl.float32) * b_dv, axis=1)
-        b_pairs, b_dv, b_earlier = pair_gradients(
-            b_v, p_do, b_score, b_pairs, b_dv, b_step, sums + o_number, start, 0, T, do_stride_t,
-            o_c, o_v, later + o_part, V, BV, BT, PRECISION,
-        )  # fmt: skip
-        if C > BT:
-            b_pairs_1, b_dv, b_more = pair_gradients(
-                b_v, p_do, b_score_1, b_pairs_1, b_dv, b_step, sums + o_number, start, BT, T,
-                do_stride_t, o_c, o_v, later + o_part, V, BV, BT, PRECISION,
-            )  # fmt: skip
-            b_earlier += b_more
+        p_sum, p_later = sums + o_number, later + o_part
+        b_do = load_rows(p_do, start, T, do_stride_t, o_c, o_v, V, V % BV == 0)
+        b_decay = pair_decays(tl.load(p_sum + o_c)[None, :], tl.load(p_sum + o_c)[:, None])
+        b_weight = (b_score * b_decay).to(b_do.dtype)
+        b_dv = tl.dot(b_weight, b_do, b_dv, input_precision=PRECISION)
+        b_pair = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * b_decay
+        b_earlier = tl.sum(b_pair * b_score, axis=1)
+        b_pair *= b_step[:, None]
+        tl.store(p_later + o_c, tl.sum(b_pair * b_score, axis=0))
+        b_pairs += b_pair
         b_dv *= b_step[:, None]
         if SKIP:
             b_do = load_rows(p_do, start, T, do_stride_t, o_c, o_v, V, V % BV == 0).to(tl.float32)
@@ -450,9 +414,8 @@ def value_gradient_kernel(
         tl.store(earlier + o_part + o_c, b_earlier * b_step)
         tl.store(after + o_part + o_c, b_after * b_step)
     p_pairs = pairs + ((batch * groups + group) * N + chunk) * (C * C)
-    store_pairs(p_pairs, b_pairs, doc_ids, start, T, o_c, 0, C, BT, PACKED)
-    if C > BT:
-        store_pairs(p_pairs, b_pairs_1, doc_ids, start, T, o_c, BT, C, BT, PACKED)
+    b_pairs = of_pairs(b_pairs, doc_ids, start, T, o_s, o_t, PACKED)
+    tl.store(p_pairs + o_s * C + o_t, b_pairs.to(pairs.dtype.element_ty))
 
 
 @Kernel

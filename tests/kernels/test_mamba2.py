@@ -76,9 +76,7 @@ def test_kernels(size: int, width: int, groups: int, monkeypatch) -> None:
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 2)])
 def test_interpreter_matches_recurrence(heads: int, groups: int, monkeypatch) -> None:
     launch = Launch(16 * heads, 4, 1)
-    chosen = Settings(
-        16, *[launch] * 5, heads=heads, together=(1, 8), keep=heads == 1, programs=10**9, longest=32
-    )
+    chosen = Settings(16, *[launch] * 5, heads=heads, together=(1, 8), programs=10**9, longest=32)
     monkeypatch.setattr(op, "has_kernels", lambda *_: True)
     monkeypatch.setattr(steps, "settings", lambda *_: chosen)
     inputs, ids = make(75, 24, 20, groups), documents(75)

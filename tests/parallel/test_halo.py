@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from fla_dist.models.layers import Normed, RMSNorm
+from fla_dist.models.mixers.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
+from fla_dist.models.stream import Stream
 from fla_dist.parallel import halo
 from fla_dist.parallel.collectives import Transfer
-from fla_dist.parallel.exchange import MeshExchange, ReplayedExchange, build_exchange
+from fla_dist.parallel.exchange import (
+    LocalExchange,
+    MeshExchange,
+    ReplayedExchange,
+    build_exchange,
+)
 from fla_dist.parallel.mesh import Mesh, build_mesh
 from fla_dist.parallel.slices import Slices
+from tests.packing import positions_of
 from tests.parallel.ranks import run_ranks
 
 LENGTHS = {"equal": (5, 5, 5, 5), "unequal": (9, 1, 3, 7)}
@@ -167,3 +176,37 @@ def test_a_halo_is_freed_with_its_graph(backward: bool) -> None:
         assert watched() is None
     finally:
         gc.enable()
+
+
+def windowed(exchange: MeshExchange | LocalExchange, device: str, compiled: bool) -> list[Tensor]:
+    """Output and gradients of a windowed layer over 1024 tokens in documents."""
+    torch.manual_seed(0)
+    mixer = SlidingWindowAttention(128, SlidingWindowAttentionConfig(2, 2, window_size=300), 1e-6)
+    norm = RMSNorm(128, 1e-6).to(device)
+    mixer.to(device)
+    x = torch.randn(1, 1024, 128).to(device).requires_grad_()
+    positions = positions_of([0, 90, 700], 1024)[None].to(device)
+    stream = Stream(positions, (positions == 0).cumsum(dim=1).int(), exchange)
+    mixer.prepare(stream)
+    o = (torch.compile(mixer) if compiled else mixer)(Normed(x, norm), stream)
+    (o * o.detach().sin()).sum().backward()
+    return [o.detach(), x.grad, *(p.grad for p in mixer.parameters())]
+
+
+def check_windows(device: str, compiled: bool) -> None:
+    """Keys and values on their way through the exchange, against those of one process."""
+    got = windowed(MeshExchange(ALONE), device, compiled)
+    for x, y in zip(got, windowed(LocalExchange(), device, False), strict=True):
+        assert (x - y).norm() <= 1e-3 * y.norm()
+
+
+def test_windows_see_keys_that_went_through_the_exchange() -> None:
+    check_windows("cpu", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_windows_see_keys_that_went_through_the_exchange_on_a_gpu(compiled: bool) -> None:
+    """Through the exchanges' own stream, and FlexAttention."""
+    check_windows("cuda", compiled)
